@@ -1,0 +1,199 @@
+"""How the dispatcher takes leases: what this host can serve, the idle protocol, and claims whose answer was lost.
+
+- Claims run one at a time, and never while the host reconciles.
+- Before it sleeps, a host says it is idle (so that a commit wakes it) and claims once more: a job that was made ready
+  between the empty claim and that word would be seen by nobody else. A jittered poll makes sure when no wake-up comes
+  at all.
+- Counters are used up by every claim that was sent, whatever came back, so no lease id is ever made twice. A claim
+  whose outcome is unknown makes the host reconcile before the next one: a lease it got is found there.
+
+Part of the dispatcher, which alone calls it. May import the seams and model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from random import Random
+
+from supervisor.model.errors import BsupError, SessionRefused, StoreUnavailable
+from supervisor.model.job import Lease, Me
+from supervisor.model.policies import Free, jittered, patience, serves
+from supervisor.ports import DispatchStore, Room
+
+log = logging.getLogger("supervisor.dispatcher")
+
+MOST_AT_ONCE = 500
+"""Leases of one claim."""
+
+
+class Claimer:
+    """``free``: the room now; ``take``: a new lease; ``reconcile``: raises what the store raises; ``on_refused``: a
+    session is gone."""
+
+    def __init__(
+        self,
+        store: DispatchStore,
+        *,
+        kinds: frozenset[str],
+        labels: frozenset[str],
+        slots: int,
+        poll: float,
+        free: Callable[[], Free],
+        take: Callable[[Lease], None],
+        reconcile: Callable[[Me], Awaitable[None]],
+        on_refused: Callable[[Me], None],
+        rng: Random,
+    ) -> None:
+        self._store = store
+        self._kinds = kinds
+        self._labels = labels
+        self._slots = slots
+        self._poll = poll
+        self._free = free
+        self._take = take
+        self._reconcile = reconcile
+        self._on_refused = on_refused
+        self._rng = rng
+        self._me: Me | None = None
+        self._next = 1
+        self._needs: tuple[int, ...] = ()
+        self._last_need = 0
+        self._needs_stale = True
+        self._idle = False
+        self._must_reconcile = False
+        self._changed = asyncio.Event()
+        self.paused = False
+        self.fenced = False
+        """The fence has passed and no renewal came since: what is claimed could not be started."""
+        self.in_flight = False
+        self.last_answer = 0.0
+        """The loop's time when the last claim was answered."""
+
+    @property
+    def needs(self) -> int:
+        return len(self._needs)
+
+    def set_session(self, me: Me | None) -> None:
+        """``me.epoch`` is new, so counters begin again; a new session claims only after it was reconciled."""
+        self._me = me
+        self._next = 1
+        self._idle = False
+        self._must_reconcile = me is not None
+        self.wake()
+
+    def reconfigure(self, *, labels: frozenset[str], slots: int, poll: float) -> None:
+        self._labels = labels
+        self._slots = slots
+        self._poll = poll
+        self._needs = ()
+        self._last_need = 0
+        self.wake(ready=True)
+
+    def want_reconciliation(self) -> None:
+        self._must_reconcile = True
+        self._changed.set()
+
+    def wake(self, *, ready: bool = False) -> None:
+        """Something changed: room was freed, a pause is over; ``ready``: a job was made ready, perhaps with a new
+        need."""
+        self._needs_stale |= ready
+        self._changed.set()
+
+    async def run(self) -> None:
+        tries = 0
+        while True:
+            self._changed.clear()
+            me = self._me
+            try:
+                again = False if me is None else await self._round(me)
+                tries = 0
+            except StoreUnavailable as error:
+                tries += 1
+                if tries == 1:
+                    log.warning("no leases are taken: %s", error)
+                await asyncio.sleep(patience(tries, self._rng))
+                continue
+            except SessionRefused:
+                if me is not None and self._me == me:
+                    self._me = None
+                    self._on_refused(me)
+                continue
+            except BsupError as error:
+                tries += 1
+                log.error("no leases are taken: %s", error)
+                await asyncio.sleep(patience(tries, self._rng, cap=30.0))
+                continue
+            if not again:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(jittered(self._poll, self._rng)):
+                        await self._changed.wait()
+                        continue
+                self._needs_stale = True
+
+    async def _round(self, me: Me) -> bool:
+        """One turn; True: take another at once."""
+        if self._must_reconcile:
+            self._must_reconcile = False
+            try:
+                await self._reconcile(me)
+            except BaseException:
+                self._must_reconcile = True
+                raise
+            return True
+        if self.fenced:
+            return False
+        free = self._free()
+        if self.paused or free.slots == 0:
+            await self._say_idle(me, False)
+            return False
+        if self._needs_stale:
+            await self._refresh_needs()
+        got = await self._claim(me, free) if self._needs else 0
+        if got:
+            return True
+        if self._idle:
+            return False
+        await self._say_idle(me, True)
+        self._needs_stale = True
+        return True
+
+    async def _claim(self, me: Me, free: Free) -> int:
+        slots = min(free.slots, MOST_AT_ONCE)
+        first = me.epoch << 32 | self._next
+        self._next += slots
+        room = Room(slots=slots, slots_total=self._slots, cpu=free.cpu, memory=free.memory, needs=self._needs)
+        self.in_flight = True
+        try:
+            leases = await self._store.claim(me, first, room)
+        except BaseException:
+            # Refused, unavailable or interrupted: what it did is seen only by looking.
+            self._must_reconcile = True
+            raise
+        finally:
+            self.in_flight = False
+            self.last_answer = asyncio.get_running_loop().time()
+        if self._me is None or self._me.session != me.session:
+            return 0
+        for lease in leases:
+            self._take(lease)
+        return len(leases)
+
+    async def _say_idle(self, me: Me, idle: bool) -> None:
+        if self._idle is not idle:
+            await self._store.set_idle(me, idle)
+            self._idle = idle
+
+    async def _refresh_needs(self) -> None:
+        self._needs_stale = False
+        try:
+            new = await self._store.needs(self._last_need)
+        except BaseException:
+            self._needs_stale = True
+            raise
+        for need in new:
+            self._last_need = max(self._last_need, need.id)
+            if serves(self._labels, self._kinds, kind=need.kind, needed=need.labels):
+                self._needs = (*self._needs, need.id)

@@ -1,0 +1,113 @@
+"""What runs on this host, as the dispatcher knows it: values and sums, no waiting, no I/O.
+
+Part of the dispatcher, which alone changes it. May import the seams and model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from supervisor.mailbox import Mailbox
+from supervisor.messages import JobMessage, JobMoved, JobStart, RunningJob
+from supervisor.model.job import AttemptEnd, Lease, LeaseId, Phase
+from supervisor.model.policies import Capacity, Free, room_left
+
+
+class JobRun(Protocol):
+    """A job's actor, as far as the dispatcher knows one."""
+
+    @property
+    def mailbox(self) -> Mailbox[JobMessage]: ...
+
+    async def run(self) -> None: ...
+
+
+MakeJob = Callable[[Lease, JobStart], JobRun]
+
+
+class Held:
+    """One lease and its actor. Two facts that end apart: ``alive`` (a process of it may run, it takes room here) and
+    ``in_database`` (its lease is there, as far as this host knows)."""
+
+    __slots__ = ("actor", "alive", "crashes", "end", "heard", "in_database", "lease", "moved", "suspect", "task")
+
+    def __init__(self, lease: Lease, actor: JobRun, now: float) -> None:
+        self.lease = lease
+        self.actor = actor
+        self.task: asyncio.Task[None] | None = None
+        self.moved: JobMoved | None = None
+        self.alive = True
+        self.in_database = True
+        self.end: AttemptEnd | None = None
+        self.heard = now
+        self.crashes = 0
+        self.suspect = False
+        """Missed by one reconciliation; a second one in a row makes it gone."""
+
+    def view(self, *, waiting_for_store: bool) -> RunningJob:
+        lease, moved = self.lease, self.moved
+        return RunningJob(
+            job=lease.job,
+            name=lease.name,
+            kind=lease.kind,
+            lease=lease.id,
+            attempt=lease.attempt,
+            phase=Phase.STARTING if moved is None else moved.phase,
+            step=None if moved is None else moved.current,
+            step_name=None if moved is None else moved.current_name,
+            steps_total=0 if moved is None else moved.steps_total,
+            leased_at=lease.leased_at,
+            started_at=None if moved is None else moved.started_at,
+            stop_asked=moved is not None and moved.stop_asked,
+            waiting_for_store=waiting_for_store and self.end is not None,
+        )
+
+
+class Ledger:
+    """Every lease held, by id."""
+
+    def __init__(self) -> None:
+        self._held: dict[LeaseId, Held] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[Held]:
+        return iter(list(self._held.values()))
+
+    def __contains__(self, lease: LeaseId) -> bool:
+        return lease in self._held
+
+    def get(self, lease: LeaseId) -> Held | None:
+        return self._held.get(lease)
+
+    def add(self, held: Held) -> None:
+        self._held[held.lease.id] = held
+
+    def remove(self, lease: LeaseId) -> None:
+        self._held.pop(lease, None)
+
+    def ids(self) -> set[LeaseId]:
+        return set(self._held)
+
+    def alive(self) -> int:
+        return sum(held.alive for held in self._held.values())
+
+    def free(self, capacity: Capacity) -> Free:
+        """What may be claimed. A job whose processes ended gives its room back before its end is recorded, but not
+        without bound: while the store is slow, at most as many ends again as there are slots (and a few) may be under
+        way."""
+        free = room_left(capacity, (held.lease for held in self._held.values() if held.alive))
+        bound = 2 * capacity.slots + 16 - len(self._held)
+        return Free(max(0, min(free.slots, bound)), free.cpu, free.memory)
+
+    def sum(self, session: str) -> tuple[int, int]:
+        """Count, and XOR of the counters, of the leases of ``session`` that should be in the database."""
+        count = checksum = 0
+        for held in self._held.values():
+            if held.in_database and held.lease.id.session == session:
+                count += 1
+                checksum ^= held.lease.id.counter
+        return count, checksum

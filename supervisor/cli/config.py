@@ -1,0 +1,56 @@
+"""``config check`` and ``config show``."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from supervisor.cli.configuration import checked, facts, file_of, load, read
+from supervisor.cli.exits import CommandError, Exit
+from supervisor.cli.terminal import Terminal
+
+
+def config(args: Namespace, terminal: Terminal) -> int:
+    if args.file:
+        args.config = args.file
+    return _check(args, terminal) if args.action == "check" else _show(args, terminal)
+
+
+def _check(args: Namespace, terminal: Terminal) -> int:
+    from supervisor.model.settings import resolve
+
+    path = file_of(args)
+    settings = read(path)
+    resolved = checked(path, lambda: resolve(settings, facts()))
+    for problem in _files_missing(resolved.redact.values_file, *(c.password_file for c in resolved.git.credentials)):
+        raise CommandError(f"{path}: {problem}", "the daemon reads it when it starts", Exit.USAGE)
+    if terminal.json:
+        terminal.object({"ok": True, "file": None if path is None else str(path)})
+    else:
+        terminal.line(f"{path}: ok" if path is not None else "no configuration file: the defaults hold, and are ok")
+    return Exit.OK
+
+
+def _files_missing(*paths: str | None) -> list[str]:
+    return [f"{path} does not exist" for path in paths if path is not None and not Path(path).exists()]
+
+
+def _show(args: Namespace, terminal: Terminal) -> int:
+    """What holds on this host, every "auto" resolved; passwords masked."""
+    import msgspec
+
+    from supervisor.store.dsn import safe_dsn
+
+    settings = load(args)
+    if settings.database.dsn != "embedded":
+        database = msgspec.structs.replace(settings.database, dsn=safe_dsn(settings.database.dsn))
+        settings = msgspec.structs.replace(settings, database=database)
+    if terminal.json:
+        terminal.object(msgspec.to_builtins(settings))
+        return Exit.OK
+    from supervisor.cli.toml_text import to_toml
+
+    path = file_of(args)
+    terminal.line(f"# {path if path is not None else 'no configuration file'}; with the environment and flags applied")
+    terminal.text(to_toml(settings))
+    return Exit.OK

@@ -1,0 +1,232 @@
+"""An actor's mailbox: two bounded lanes, told from anywhere on the loop, received by the one actor that owns it.
+
+Rules that hold:
+
+- The control lane overtakes the data lane, always; within a lane order is kept.
+- ``tell`` never blocks and never raises: ``OK``, ``FULL`` and ``CLOSED`` are three answers, and the teller decides.
+- A receiver that is canceled loses nothing: an item leaves its lane only in the step that returns it.
+- ``close`` fails every unanswered ask at once, whether it still lies in a lane or was received already.
+
+It stands on a deque and one future instead of anyio's memory stream or ``asyncio.Queue``: a stream hands an item to a
+waiting receiver before that runs (a bare cancel then loses it), and knows no lanes. One loop, one receiver, no locks.
+
+May import model only. Used by every actor, and by ``app`` where adapters' callbacks tell an actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from supervisor.model.errors import BsupError, Busy
+
+M = TypeVar("M")
+R = TypeVar("R")
+
+
+class Request(msgspec.Struct, Generic[R], frozen=True):
+    """Base of messages that are asked: ``R`` is the type of the answer."""
+
+
+class ActorGone(BsupError):
+    """The actor ended, or was over already, before it answered."""
+
+
+class Lane(enum.IntEnum):
+    """CONTROL: stop, status, heartbeat, kill and every ask. DATA: all that can wait its turn."""
+
+    CONTROL = 0
+    DATA = 1
+
+
+class Told(enum.Enum):
+    """What became of a message. FULL and CLOSED: it was not taken, and is counted as dropped."""
+
+    OK = "ok"
+    FULL = "full"
+    CLOSED = "closed"
+
+
+class Ask(Generic[R]):
+    """A request with the way back. Whoever receives it answers or fails it, once; a late answer goes nowhere."""
+
+    __slots__ = ("_future", "request")
+
+    def __init__(self, request: Request[R], future: asyncio.Future[R]) -> None:
+        self.request = request
+        self._future = future
+
+    @property
+    def is_over(self) -> bool:
+        """Answered, failed, or given up on by its asker."""
+        return self._future.done()
+
+    def answer(self, value: R) -> None:
+        if not self._future.done():
+            self._future.set_result(value)
+
+    def fail(self, error: BaseException) -> None:
+        if not self._future.done():
+            self._future.set_exception(error)
+
+
+class MailboxStats(msgspec.Struct, frozen=True):
+    """``oldest``: seconds the longest-waiting item waits; ``dropped``: refused when full or closed, or left at the
+    close."""
+
+    depth_control: int
+    depth_data: int
+    oldest: float
+    handled: int
+    dropped: int
+
+
+class Mailbox(Generic[M]):
+    """See the module. ``control`` and ``data`` bound the lanes; ``clock`` is seconds, for ages only."""
+
+    __slots__ = (
+        "_asks",
+        "_bounds",
+        "_clock",
+        "_closed",
+        "_control",
+        "_data",
+        "_dropped",
+        "_handled",
+        "_lanes",
+        "_waiter",
+        "name",
+    )
+
+    def __init__(
+        self, name: str, *, control: int = 256, data: int = 1024, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.name = name
+        self._control: deque[tuple[float, M | Ask[Any]]] = deque()
+        self._data: deque[tuple[float, M | Ask[Any]]] = deque()
+        self._lanes = (self._control, self._data)
+        self._bounds = (control, data)
+        self._clock = clock
+        self._waiter: asyncio.Future[None] | None = None
+        # Made by the first ask: most mailboxes (one a job) are never asked anything.
+        self._asks: set[Ask[Any]] | None = None
+        self._closed = False
+        self._handled = 0
+        self._dropped = 0
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    def tell(self, message: M, lane: Lane = Lane.DATA) -> Told:
+        """Puts a message into a lane, at once or not at all. On the loop's thread only."""
+        return self._put(message, lane)
+
+    async def ask(self, request: Request[R], timeout: float) -> R:
+        """Asks through the control lane and waits ``timeout`` seconds for the answer.
+
+        Raises Busy (lane full), ActorGone (closed, now or meanwhile), TimeoutError, or what the actor failed it with.
+        """
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        ask = Ask(request, future)
+        told = self._put(ask, Lane.CONTROL)
+        if told is Told.FULL:
+            raise Busy(f"{self.name} has too many requests waiting")
+        if told is Told.CLOSED:
+            raise ActorGone(f"{self.name} has ended")
+        if self._asks is None:
+            self._asks = set()
+        self._asks.add(ask)
+        try:
+            async with asyncio.timeout(timeout):
+                return await future
+        finally:
+            self._asks.discard(ask)
+
+    async def receive(self) -> M | Ask[Any]:
+        """The next item, control first. Raises ActorGone once the mailbox is closed. One receiver at a time."""
+        while True:
+            lane = self._control or self._data
+            if lane:
+                item = lane.popleft()[1]
+                if isinstance(item, Ask) and item.is_over:
+                    continue
+                self._handled += 1
+                return item
+            if self._closed:
+                raise ActorGone(f"{self.name} has ended")
+            if self._waiter is not None:
+                raise RuntimeError(f"{self.name}: a mailbox has one receiver")
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiter = waiter
+            try:
+                await waiter
+            finally:
+                self._waiter = None
+
+    def receive_nowait(self) -> M | Ask[Any] | None:
+        """The next item, or None where nothing waits (or it is closed): for taking a batch after the first."""
+        while lane := self._control or self._data:
+            item = lane.popleft()[1]
+            if isinstance(item, Ask) and item.is_over:
+                continue
+            self._handled += 1
+            return item
+        return None
+
+    def __aiter__(self) -> Mailbox[M]:
+        return self
+
+    async def __anext__(self) -> M | Ask[Any]:
+        try:
+            return await self.receive()
+        except ActorGone:
+            raise StopAsyncIteration from None
+
+    def close(self) -> None:
+        """Ends it: nothing is taken any more, what still lies in it is dropped, unanswered asks fail. May be
+        repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        self._dropped += len(self._control) + len(self._data)
+        self._control.clear()
+        self._data.clear()
+        self.fail_unanswered()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def fail_unanswered(self) -> None:
+        """The actor crashed and another will read on: nobody who asked it needs to wait. Messages stay."""
+        for ask in list(self._asks or ()):
+            ask.fail(ActorGone(f"{self.name} has ended"))
+
+    def stats(self) -> MailboxStats:
+        first = min((lane[0][0] for lane in self._lanes if lane), default=None)
+        return MailboxStats(
+            depth_control=len(self._control),
+            depth_data=len(self._data),
+            oldest=0.0 if first is None else max(0.0, self._clock() - first),
+            handled=self._handled,
+            dropped=self._dropped,
+        )
+
+    def _put(self, item: M | Ask[Any], lane: Lane) -> Told:
+        if self._closed:
+            self._dropped += 1
+            return Told.CLOSED
+        queue = self._lanes[lane]
+        if len(queue) >= self._bounds[lane]:
+            self._dropped += 1
+            return Told.FULL
+        queue.append((self._clock(), item))
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+        return Told.OK

@@ -1,0 +1,486 @@
+"""A running attempt of a steps-like job, as ``(state, event) -> (state, effects)``. No I/O, no clock.
+
+The rules:
+
+- Order: prepare, open the log, steps one after the other, complete the log, tell the end, clean up. The end is told
+  only when the log is complete; the clean-up follows only when the end is known to be recorded (or kept as superseded).
+- After a step failed, the steps left are skipped but for ``always`` ones. The attempt's exit code is that of the first
+  step that failed.
+- After anything that ends the attempt from outside (``Cause``), no step is started any more, ``always`` or not: whoever
+  asked for the end wants the host's resources back. If nothing was left to start and the step that ran had ended by
+  itself, the attempt's natural outcome stands.
+- Of several causes the greatest ``Cause`` decides, in whatever order they came. A cause only ever rises.
+- An attempt is never called over while a step may still run: a stop that brings no end is repeated as a kill, for ever.
+
+An event that the state does not foresee (a second end of a step, a late answer) changes nothing and has no effect:
+events come from adapters and timers that race. May import the modules of this floor. Called by the job actor; ``ports``
+re-exports the plan.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TypeAlias, assert_never
+
+import msgspec
+
+from supervisor.model.attempt_words import (
+    AbandonPrepare,
+    Adopted,
+    ArmTimeout,
+    CleanedUp,
+    CleanUp,
+    CompleteLog,
+    Crashed,
+    Effect,
+    Event,
+    Fenced,
+    Inspect,
+    JobTimedOut,
+    LeaseGone,
+    LogCompleted,
+    LogStepEnded,
+    LogStepStarted,
+    Note,
+    NothingToAdopt,
+    Plan,
+    Prepared,
+    PrepareFailed,
+    Recorded,
+    Refused,
+    Release,
+    Report,
+    Result,
+    Stalled,
+    StartFailed,
+    StartStep,
+    StepEnd,
+    StepEnded,
+    StepPlan,
+    StepStarted,
+    StepTaken,
+    StopAsked,
+    StopOverdue,
+    StopRun,
+    Tell,
+)
+from supervisor.model.job import Outcome, Phase, StepRecord, StepState
+
+# --- state --------------------------------------------------------------------------------------------------------
+
+
+class Stage(enum.Enum):
+    """What the attempt waits for."""
+
+    PREPARING = "preparing"
+    LAUNCHING = "launching"
+    STEPPING = "stepping"
+    FLUSHING = "flushing"
+    TELLING = "telling"
+    CLEANING = "cleaning"
+    OVER = "over"
+
+
+class Cause(enum.IntEnum):
+    """Why an attempt is ended from outside; the greater one decides. NONE: it is not."""
+
+    NONE = 0
+    RELEASE = 1
+    """The host drains: given back, uncounted."""
+    STALL = 2
+    """Its actor fell silent: given back, uncounted."""
+    TIMEOUT = 3
+    """The job's own timeout: a failure."""
+    CRASH = 4
+    """bsup's own fault: a failure, so that the budget of attempts bounds it."""
+    FENCE = 5
+    """The host could not renew in time: given back, uncounted, if the lease still lives."""
+    LOST = 6
+    """A process is gone without an exit record: a loss."""
+    STOP = 7
+    """A user asked: canceled."""
+    LEASE_GONE = 8
+    """Somebody else may run the job: nothing is recorded, what there is is kept as superseded."""
+
+
+class AttemptState(msgspec.Struct, frozen=True, kw_only=True):
+    """``current``: index in ``plan.steps`` of the step that was started, or is being started, and has not ended."""
+
+    stage: Stage = Stage.PREPARING
+    plan: Plan | None = None
+    steps: tuple[StepRecord, ...] = ()
+    current: int | None = None
+    started_at: datetime | None = None
+    cause: Cause = Cause.NONE
+    cause_text: str = ""
+    grace: float = 0.0
+    kill: bool = False
+    unsure: bool = False
+    """Whether the current step was started at all is not known: the start gave no clear answer."""
+    failed: bool = False
+    retry: bool = True
+    """Whether a failure may be tried again: not where the job itself is invalid."""
+    exit_code: int | None = None
+    signal: int | None = None
+    error: str | None = None
+    reason: str | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """A process of it may run."""
+        return self.stage in (Stage.PREPARING, Stage.LAUNCHING, Stage.STEPPING)
+
+    @property
+    def phase(self) -> Phase:
+        if self.cause is not Cause.NONE:
+            return Phase.STOPPING
+        return Phase.STARTING if self.stage is Stage.PREPARING else Phase.RUNNING
+
+
+Next: TypeAlias = tuple[AttemptState, list[Effect]]
+
+_replace = msgspec.structs.replace
+
+
+def advance(state: AttemptState, event: Event) -> Next:
+    """The state after ``event``, and what to do now, in order."""
+    match event:
+        case Prepared(plan):
+            return _on_prepared(state, plan)
+        case PrepareFailed(error, invalid):
+            return _on_prepare_failed(state, error, invalid)
+        case Adopted():
+            return _on_adopted(state, event)
+        case NothingToAdopt():
+            if state.stage is not Stage.PREPARING:
+                return state, []
+            return _flush(_caused(state, Cause.RELEASE, "the attempt had not begun on this host"))
+        case StepStarted(index, at):
+            return _on_started(state, index, at)
+        case StartFailed(index, error):
+            return _on_start_failed(state, index, error)
+        case StepEnded(end):
+            return _on_ended(state, end)
+        case StopAsked(grace, kill, by):
+            return _end_from_outside(state, Cause.STOP, f"stopped by {by}", grace, kill)
+        case Release(grace, kill):
+            return _end_from_outside(state, Cause.RELEASE, "released: the host drains", grace, kill)
+        case JobTimedOut(grace):
+            limit = state.plan.timeout if state.plan else None
+            return _end_from_outside(state, Cause.TIMEOUT, f"the job timed out after {_seconds(limit)}", grace, False)
+        case Fenced():
+            text = "ended at the fence: the host could not renew its lease in time"
+            return _end_from_outside(state, Cause.FENCE, text, 0.0, True)
+        case LeaseGone():
+            return _end_from_outside(state, Cause.LEASE_GONE, "superseded: the lease is gone", 0.0, True)
+        case Stalled(grace):
+            return _end_from_outside(state, Cause.STALL, "released: the job's actor stalled", grace, False)
+        case Crashed(error):
+            return _end_from_outside(state, Cause.CRASH, f"bsup's own fault: {error}", 0.0, True)
+        case StopOverdue():
+            return _on_stop_overdue(state)
+        case LogCompleted():
+            if state.stage is not Stage.FLUSHING:
+                return state, []
+            told = _replace(state, stage=Stage.TELLING)
+            return told, [Tell(result=result_of(told), superseded=told.cause is Cause.LEASE_GONE)]
+        case Recorded():
+            if state.stage is not Stage.TELLING:
+                return state, []
+            return _replace(state, stage=Stage.CLEANING), [CleanUp()]
+        case Refused():
+            if state.stage is not Stage.TELLING or state.cause is Cause.LEASE_GONE:
+                return state, []
+            gone = _caused(state, Cause.LEASE_GONE, "superseded: the lease is gone")
+            return gone, [Tell(result=result_of(gone), superseded=True)]
+        case CleanedUp():
+            if state.stage is not Stage.CLEANING:
+                return state, []
+            return _replace(state, stage=Stage.OVER), []
+        case _:
+            assert_never(event)
+
+
+def result_of(state: AttemptState) -> Result:
+    """The result as the state stands: the cause from outside, if one decided, else what the steps say."""
+    outcome, reason = _OUTCOME_OF_CAUSE[state.cause]
+    if state.cause is Cause.NONE:
+        outcome = Outcome.FAILED if state.failed else Outcome.SUCCEEDED
+        reason = state.reason
+    return Result(
+        outcome=outcome,
+        exit_code=state.exit_code if state.failed else (0 if outcome is Outcome.SUCCEEDED else None),
+        signal=state.signal if state.failed else None,
+        error=state.cause_text or state.error,
+        reason=reason,
+        may_retry=outcome is Outcome.FAILED and state.retry,
+        started_at=state.started_at,
+        ended_at=max((s.ended_at for s in state.steps if s.ended_at is not None), default=None),
+        steps=state.steps,
+    )
+
+
+_OUTCOME_OF_CAUSE: dict[Cause, tuple[Outcome, str | None]] = {
+    Cause.NONE: (Outcome.SUCCEEDED, None),
+    Cause.RELEASE: (Outcome.RELEASED, "drain"),
+    Cause.STALL: (Outcome.RELEASED, "stall"),
+    Cause.TIMEOUT: (Outcome.FAILED, "timeout"),
+    Cause.CRASH: (Outcome.FAILED, "internal"),
+    Cause.FENCE: (Outcome.RELEASED, "fence"),
+    Cause.LOST: (Outcome.LOST, "gone"),
+    Cause.STOP: (Outcome.CANCELED, "stop"),
+    Cause.LEASE_GONE: (Outcome.SUPERSEDED, "lease"),
+}
+
+
+# --- the parts ----------------------------------------------------------------------------------------------------
+
+
+def _on_prepared(state: AttemptState, plan: Plan) -> Next:
+    if state.stage is not Stage.PREPARING:
+        return state, []
+    steps = tuple(StepRecord(index=s.index, name=s.name, state=StepState.PENDING) for s in plan.steps)
+    ready = _replace(state, plan=plan, steps=steps, stage=Stage.LAUNCHING)
+    effects: list[Effect] = []
+    if plan.timeout is not None and state.cause is Cause.NONE:
+        effects.append(ArmTimeout(plan.timeout))
+    return _onward(ready, effects)
+
+
+def _on_prepare_failed(state: AttemptState, error: str, invalid: bool) -> Next:
+    if state.stage is not Stage.PREPARING:
+        return state, []
+    reason = "invalid" if invalid else "host"
+    failed = _replace(state, failed=True, error=error, reason=reason, retry=not invalid)
+    return _flush(failed)
+
+
+def _on_adopted(state: AttemptState, event: Adopted) -> Next:
+    """Replays what is on disk: ends in order, then the step that still runs, then goes on as if nothing had been."""
+    if state.stage is not Stage.PREPARING:
+        return state, []
+    plan = event.plan
+    steps = tuple(StepRecord(index=s.index, name=s.name, state=StepState.PENDING) for s in plan.steps)
+    state = _replace(state, plan=plan, steps=steps, stage=Stage.LAUNCHING)
+    effects: list[Effect] = []
+    if plan.timeout is not None and state.cause is Cause.NONE:
+        effects.append(ArmTimeout(max(0.0, plan.timeout - event.elapsed)))
+    running: StepTaken | None = None
+    for taken in sorted(event.taken, key=lambda t: t.index):
+        position = _position(plan, taken.index)
+        if position is None:
+            continue
+        if state.started_at is None:
+            state = _replace(state, started_at=taken.started_at)
+        if taken.end is None:
+            running = taken
+            continue
+        state = _ended_step(_replace(state, current=position), taken.end)
+        effects += [LogStepStarted(taken.index), LogStepEnded(taken.index), Report(state.steps[position])]
+    if running is not None and event.rebooted:
+        gone = StepEnd(running.index, None, None, running.started_at, None, "gone", "the machine was booted meanwhile")
+        state = _ended_step(_replace(state, current=_position(plan, running.index)), gone)
+        effects += [LogStepStarted(running.index), LogStepEnded(running.index)]
+        running = None
+    if running is None:
+        if event.rebooted and event.taken and _next_step(state) is not None:
+            state = _caused(state, Cause.LOST, "the machine was booted meanwhile")
+        return _onward(state, effects)
+    position = _position(plan, running.index)
+    assert position is not None
+    record = _replace_step(state.steps[position], state=StepState.RUNNING, started_at=running.started_at)
+    state = _replace(state, stage=Stage.STEPPING, current=position, steps=_with(state.steps, position, record))
+    effects += [LogStepStarted(running.index), Report(record)]
+    if state.cause is not Cause.NONE:
+        effects.append(StopRun(state.grace, state.kill))
+    return state, effects
+
+
+def _on_started(state: AttemptState, index: int, at: datetime) -> Next:
+    position = state.current
+    if position is None or state.stage is not Stage.LAUNCHING or state.steps[position].index != index:
+        return state, []
+    record = _replace_step(state.steps[position], state=StepState.RUNNING, started_at=at)
+    running = _replace(
+        state,
+        stage=Stage.STEPPING,
+        steps=_with(state.steps, position, record),
+        started_at=state.started_at or at,
+    )
+    effects: list[Effect] = [Report(record)]
+    if state.cause is not Cause.NONE:
+        # The stop came while the start was under way and may have found nothing to end.
+        effects.append(StopRun(state.grace, state.kill))
+    return running, effects
+
+
+def _on_start_failed(state: AttemptState, index: int, error: str) -> Next:
+    position = state.current
+    if position is None or state.stage is not Stage.LAUNCHING or state.steps[position].index != index:
+        return state, []
+    # When an answer was lost, a process may be there: end what there may be, look on disk, and hold the attempt until
+    # that says so. Of a step that never was, the actor then tells an end with cause ``exec``.
+    record = _replace_step(state.steps[position], error=error)
+    unsure = _replace(state, stage=Stage.STEPPING, unsure=True, steps=_with(state.steps, position, record))
+    return unsure, [StopRun(0.0, True), Inspect(index)]
+
+
+def _on_ended(state: AttemptState, end: StepEnd) -> Next:
+    position = state.current
+    if position is None or not state.is_alive or state.steps[position].index != end.index:
+        return state, []
+    ended = _ended_step(state, end)
+    return _onward(ended, [LogStepEnded(end.index), Report(ended.steps[position])])
+
+
+def _ended_step(state: AttemptState, end: StepEnd) -> AttemptState:
+    """Books the end of the current step: its record, the first failure, and what its cause means for the attempt."""
+    position = state.current
+    assert position is not None and state.plan is not None
+    if state.unsure and state.cause is Cause.NONE and end.cause == "stop":
+        # Nobody asked for this stop but ``_on_start_failed``: it ended a step that the host could not start well.
+        end = _replace(end, cause="exec", error=None)
+    before = state.steps[position]
+    plan = state.plan.steps[position]
+    step_state, error = _judge_step(plan, end, before.error)
+    record = _replace_step(
+        before,
+        state=step_state,
+        exit_code=end.exit_code,
+        signal=end.signal,
+        started_at=end.started_at or before.started_at,
+        ended_at=end.ended_at,
+        error=error,
+    )
+    state = _replace(
+        state,
+        stage=Stage.LAUNCHING,
+        current=None,
+        unsure=False,
+        steps=_with(state.steps, position, record),
+        started_at=state.started_at or record.started_at,
+    )
+    if end.cause == "gone":
+        return _caused(state, Cause.LOST, error or "")
+    if end.cause == "fence":
+        return _caused(state, Cause.FENCE, "ended at the fence: the host could not renew its lease in time")
+    if step_state is StepState.FAILED and not state.failed:
+        reason = {"timeout": "timeout", "exec": "exec"}.get(end.cause or "", "step")
+        state = _replace(state, failed=True, exit_code=end.exit_code, signal=end.signal, error=error, reason=reason)
+    return state
+
+
+def _judge_step(plan: StepPlan, end: StepEnd, error_before: str | None) -> tuple[StepState, str | None]:
+    """A step's state and, for all but a success, what happened in words."""
+    name = f"step {plan.name!r}"
+    match end.cause:
+        case "gone":
+            return StepState.UNKNOWN, end.error or f"the process of {name} is gone without an exit record"
+        case "timeout":
+            return StepState.FAILED, f"{name} timed out after {_seconds(plan.timeout)}"
+        case "exec":
+            return StepState.FAILED, f"{name} could not be started: {end.error or error_before or 'unknown error'}"
+        case "stop" | "fence":
+            return StepState.CANCELED, error_before or end.error
+        case _:
+            pass
+    if end.exit_code == 0 and end.signal is None:
+        return StepState.SUCCEEDED, None
+    if end.signal is not None:
+        return StepState.FAILED, f"{name} was killed by signal {end.signal}"
+    return StepState.FAILED, end.error or f"{name} ended with exit code {end.exit_code}"
+
+
+def _onward(state: AttemptState, effects: list[Effect]) -> Next:
+    """Between steps: the next one, or the end. Called with no step running."""
+    following = _next_step(state)
+    interrupted = any(step.state is StepState.CANCELED for step in state.steps)
+    if state.cause is Cause.NONE and interrupted:
+        # The shepherd stopped a step that nobody here asked to stop: by a daemon before this one, before it could say
+        # why.
+        state = _caused(state, Cause.RELEASE, "released: the step was stopped by a daemon before this one")
+    if state.cause is Cause.NONE and following is not None:
+        assert state.plan is not None
+        index = state.plan.steps[following].index
+        return _replace(state, current=following), [*effects, LogStepStarted(index), StartStep(index)]
+    stands = state.cause not in (Cause.LEASE_GONE, Cause.LOST) and not interrupted and following is None
+    if stands and any(step.state is not StepState.PENDING for step in state.steps):
+        state = _replace(state, cause=Cause.NONE, cause_text="")
+    return _flush(state, effects)
+
+
+def _flush(state: AttemptState, effects: Sequence[Effect] = ()) -> Next:
+    """No process runs any more, nothing more will be started."""
+    skipped = tuple(
+        _replace_step(step, state=StepState.SKIPPED) if step.state is StepState.PENDING else step
+        for step in state.steps
+    )
+    new = [Report(after) for before, after in zip(state.steps, skipped, strict=True) if before is not after]
+    return _replace(state, stage=Stage.FLUSHING, current=None, steps=skipped), [*effects, *new, CompleteLog()]
+
+
+def _end_from_outside(state: AttemptState, cause: Cause, text: str, grace: float, kill: bool) -> Next:
+    if state.stage in (Stage.CLEANING, Stage.OVER):
+        return state, []
+    if not state.is_alive:
+        # Its steps are over: only a lease that is gone still changes what is to be told.
+        if cause is not Cause.LEASE_GONE or state.cause is Cause.LEASE_GONE:
+            return state, []
+        gone = _caused(state, cause, text)
+        if state.stage is Stage.TELLING:
+            return gone, [Tell(result=result_of(gone), superseded=True)]
+        return gone, []
+    was_stopping = state.cause is not Cause.NONE
+    harder = not was_stopping or (kill and not state.kill) or (not state.kill and grace < state.grace)
+    caused = _caused(state, cause, text)
+    if not harder:
+        return caused, []
+    grace = min(grace, state.grace) if was_stopping else grace
+    caused = _replace(caused, grace=grace, kill=kill or state.kill)
+    effects: list[Effect] = [StopRun(caused.grace, caused.kill)]
+    if state.current is not None and not was_stopping:
+        effects.insert(0, Note(state.steps[state.current].index, text))
+    return caused, effects
+
+
+def _on_stop_overdue(state: AttemptState) -> Next:
+    if not state.is_alive:
+        return state, []
+    if state.stage is Stage.PREPARING:
+        return state, ([AbandonPrepare()] if state.cause is not Cause.NONE else [])
+    effects: list[Effect] = [StopRun(0.0, True)]
+    if state.unsure and state.current is not None:
+        effects.append(Inspect(state.steps[state.current].index))
+    return _replace(state, kill=True), effects
+
+
+def _caused(state: AttemptState, cause: Cause, text: str) -> AttemptState:
+    return _replace(state, cause=cause, cause_text=text) if cause > state.cause else state
+
+
+def _next_step(state: AttemptState) -> int | None:
+    """Position of the step that is next by the rules of failure; causes from outside are not looked at."""
+    if state.plan is None:
+        return None
+    for position, (step, record) in enumerate(zip(state.plan.steps, state.steps, strict=True)):
+        if record.state is StepState.PENDING and (step.always or not state.failed):
+            return position
+    return None
+
+
+def _position(plan: Plan, index: int) -> int | None:
+    return next((at for at, step in enumerate(plan.steps) if step.index == index), None)
+
+
+def _replace_step(step: StepRecord, **changes: object) -> StepRecord:
+    return _replace(step, **changes)
+
+
+def _with(steps: tuple[StepRecord, ...], position: int, step: StepRecord) -> tuple[StepRecord, ...]:
+    return (*steps[:position], step, *steps[position + 1 :])
+
+
+def _seconds(seconds: float | None) -> str:
+    return "its limit" if seconds is None else f"{seconds:g} s"

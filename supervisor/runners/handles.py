@@ -1,0 +1,184 @@
+"""The files of a run's handle on disk: what the daemon writes for the shepherd, and what it reads back. No other I/O.
+
+A run is a directory ``runs/<lease>/`` with one directory a step, ``<index>/``. The daemon writes ``spec``; the
+shepherd writes ``claim``, ``started``, the raw output, ``exit`` and ``closed``, in this order, each by write and
+rename. These files are the truth; what the shepherd says on its socket is a hint.
+
+May import msgspec and ``model``. Called by the kind-``steps`` runner and by ``shepherd_client``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from supervisor.model.errors import RunnerError
+
+Cause = Literal["stop", "timeout", "fence", "exec"]
+F = TypeVar("F", bound=msgspec.Struct)
+
+
+class Damaged(RunnerError):
+    """A file is there and was read, and holds something else than it should. Any other RunnerError of a read says
+    nothing about the file: it could not be read now."""
+
+
+class StepFile(msgspec.Struct, kw_only=True, frozen=True):
+    """``<index>/spec``: the intent, all that the shepherd knows of a step.
+
+    ``cwd`` is relative to ``workspace`` (absolute, below ``work/``). ``own``: the workspace tree is given to ``uid``
+    before the start. ``timeout`` and ``grace`` in seconds; ``max_output`` in bytes, both streams together. ``token``
+    becomes the step's ``BSUP_RUN``. ``as_service``: runs as the daemon's own uid (``uid`` and ``gid`` are then
+    ignored). ``HOME`` and ``TMPDIR`` default to the workspace's ``home`` and ``tmp``.
+    """
+
+    argv: tuple[str, ...]
+    workspace: str
+    token: str
+    cwd: str = "src"
+    env: dict[str, str] = {}
+    uid: int | None = None
+    gid: int | None = None
+    own: bool = False
+    timeout: float | None = None
+    grace: float = 10.0
+    max_output: int = 1 << 30
+    private_tmp: bool = True
+    as_service: bool = False
+
+
+class Started(msgspec.Struct, kw_only=True, frozen=True):
+    """``<index>/started``. ``at`` in unix seconds, ``at_boot`` by CLOCK_BOOTTIME; ``start_time``: field 22 of
+    /proc/pid/stat."""
+
+    pid: int
+    start_time: int
+    boot_id: str
+    at: float
+    at_boot: float
+    private_tmp: bool = False
+
+
+class Exit(msgspec.Struct, kw_only=True, frozen=True):
+    """``<index>/exit``: how the main process ended; the byte counts are those at that moment, final ones are in
+    ``Closed``.
+
+    ``cause`` says why it was ended from outside; ``exec``: it was never started, ``error`` says why (exit code 126 or
+    127).
+    """
+
+    exit_code: int | None
+    signal: int | None
+    at: float
+    cause: Cause | None = None
+    error: str | None = None
+    out_bytes: int = 0
+    err_bytes: int = 0
+    out_dropped: int = 0
+    err_dropped: int = 0
+    output_closed: bool = False
+
+
+class Closed(msgspec.Struct, kw_only=True, frozen=True):
+    """``<index>/closed``: everything of the step is dead and its output is in the files.
+
+    ``gone``: there will be no ``exit``: the shepherd that ran the step died or was told to end (a loss).
+    ``output_closed`` False: something still held the output open when the shepherd gave up waiting.
+    """
+
+    at: float
+    gone: bool = False
+    out_bytes: int = 0
+    err_bytes: int = 0
+    out_dropped: int = 0
+    err_dropped: int = 0
+    output_closed: bool = True
+
+
+def write_step(step_dir: Path, spec: StepFile) -> None:
+    """Makes the step's directory (0700) and its ``spec``; overwrites an older intent that was never started."""
+    step_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_json_atomic(step_dir / "spec", spec)
+
+
+def read_started(step_dir: Path) -> Started | None:
+    return _read(step_dir / "started", Started)
+
+
+def read_exit(step_dir: Path) -> Exit | None:
+    """The exit record; None while the main process runs, or for ever if ``read_closed`` says ``gone``."""
+    return _read(step_dir / "exit", Exit)
+
+
+def read_closed(step_dir: Path) -> Closed | None:
+    return _read(step_dir / "closed", Closed)
+
+
+def is_claimed(step_dir: Path) -> bool:
+    """Whether the shepherd ever took the step: it may have run."""
+    return (step_dir / "claim").exists()
+
+
+def is_closed(step_dir: Path) -> bool:
+    """Whether nothing of the step runs any more and all of its output is in the files."""
+    return (step_dir / "closed").exists()
+
+
+def write_json_atomic(path: Path, value: Any, *, durable: bool = False, mode: int = 0o600) -> None:
+    """Writes JSON (anything msgspec encodes) by write and rename. ``durable``: survives a power cut, not only a crash.
+
+    Raises RunnerError when the disk refuses.
+    """
+    data = msgspec.json.encode(value)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        with open(fd, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if durable:
+            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise RunnerError(f"{path}: can't be written: {error.strerror}") from error
+
+
+def is_running(started: Started) -> bool:
+    """Whether that very process lives (a zombie doesn't): a pid means nothing without its start time and its boot."""
+    if started.boot_id != boot_id():
+        return False
+    try:
+        fields = Path(f"/proc/{started.pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return False
+    return int(fields[19]) == started.start_time and fields[0] not in (b"Z", b"X")
+
+
+def boot_id() -> str:
+    """This boot's id: a pid or a CLOCK_BOOTTIME written under another one means nothing."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def _read(path: Path, kind: type[F]) -> F | None:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RunnerError(f"{path}: can't be read: {error.strerror}") from error
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.MsgspecError as error:
+        raise Damaged(f"{path}: is damaged: {error}") from error

@@ -1,0 +1,105 @@
+"""Holds what the runner leaves on this host's disk within bounds: git mirrors, and workspaces that were kept.
+
+Standard library, and its neighbour ``mirrors`` for the lock. Synchronous: ``steps`` calls it in a thread, about hourly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from supervisor.runners.mirrors import lock_of
+
+KEPT_MARK = ".bsup-kept"
+"""A file in a workspace that outlives its job; its mtime is the job's end."""
+
+_BELOW = 0.9
+"""Trimmed is down to this part of the bound: a host at its bound doesn't make one mirror anew each hour."""
+
+
+class _Mirror(NamedTuple):
+    used_at: float
+    size: int
+    path: Path
+
+
+def trim_mirrors(mirrors: Path, most: int) -> list[str]:
+    """Removes the least recently used mirrors until all take at most ``most`` bytes on disk; a sentence for each.
+
+    One that a checkout holds is passed over. So is one that can't be removed: the others still are.
+    """
+    for doomed in mirrors.glob("*.doomed"):  # a sweep that didn't come to its end
+        shutil.rmtree(doomed, ignore_errors=True)
+    found = sorted(_found(mirrors))
+    total = sum(mirror.size for mirror in found)
+    said = []
+    if total > most:
+        for mirror in found:
+            if total <= most * _BELOW:
+                break
+            if _removed(mirror.path):
+                total -= mirror.size
+                said.append(f"removed the git mirror {mirror.path.name} ({mirror.size >> 20} MiB), the longest unused")
+    for lock in mirrors.glob("*.lock"):
+        mirror_path = lock.with_suffix(".git")
+        if not mirror_path.exists():
+            _removed(mirror_path)
+    return said
+
+
+def kept_since_before(work: Path, runs: Path, moment: float) -> list[Path]:
+    """Workspaces that were kept, whose jobs ended before ``moment`` (Unix time).
+
+    Never one whose run is still here: a job may have made the mark itself.
+    """
+    old = []
+    for mark in work.glob(f"*/{KEPT_MARK}"):
+        with contextlib.suppress(OSError):
+            if mark.lstat().st_mtime < moment and not (runs / mark.parent.name).exists():
+                old.append(mark.parent)
+    return sorted(old)
+
+
+def _found(mirrors: Path) -> list[_Mirror]:
+    found = []
+    for path in mirrors.glob("*.git"):
+        used = lock_of(path)
+        with contextlib.suppress(OSError):  # gone meanwhile
+            used_at = (used if used.exists() else path).stat().st_mtime
+            found.append(_Mirror(used_at, _disk_size(path), path))
+    return found
+
+
+def _disk_size(directory: Path) -> int:
+    size = 0
+    for where, _, names in os.walk(directory):
+        for name in ("", *names):
+            with contextlib.suppress(FileNotFoundError):
+                size += os.lstat(os.path.join(where, name)).st_blocks * 512
+    return size
+
+
+def _removed(mirror: Path) -> bool:
+    """Removes a mirror that nobody holds, and its lock file last: who waits for the lock sees that the file is gone."""
+    path = lock_of(mirror)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        # Out of its name first: a mirror that is half removed must not be taken for a whole one.
+        doomed = mirror.with_suffix(".doomed")
+        with contextlib.suppress(FileNotFoundError):
+            mirror.rename(doomed)
+            shutil.rmtree(doomed)
+        path.unlink(missing_ok=True)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(lock)

@@ -1,0 +1,236 @@
+"""Turns a lease into a run's files: the run's ``spec``, one ``spec`` a step, and the checkout's plan.
+
+May import msgspec, ``model`` and its neighbour ``handles``. Called by ``steps``.
+A step's ``spec`` and the plan hold secrets: all of it is 0600 below a directory of mode 0700.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+import supervisor
+from supervisor.model.errors import InvalidInput, RunnerError
+from supervisor.model.job import Lease
+from supervisor.model.spec import CHECKOUT, JobSpec, StepSpec, decode_spec
+from supervisor.ports import Plan, StepPlan
+from supervisor.runners.git import PASSED_ON
+from supervisor.runners.handles import Damaged, StepFile, write_json_atomic, write_step
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PLAN_FILE = "plan.json"
+# With PYTHONPATH and without site-packages: it starts in a few hundredths of a second, installed or not.
+_CHECKOUT = (sys.executable, "-S", "-s", "-P", "-m", "supervisor.runners.checkout")
+
+
+class HostCredential(msgspec.Struct, frozen=True):
+    """A credential of the host's own for repositories whose URL begins with ``url``."""
+
+    url: str
+    username: str
+    password_file: str
+
+
+class StepsSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the host's config says to this runner. ``grace`` in seconds, ``max_output`` in bytes a step.
+
+    ``timeout``: seconds that a job may run which names no timeout of its own (None: no limit).
+    ``mirrors``: whether repositories are cached; ``allow``: patterns of their URLs (``model.urls.is_allowed``);
+    ``pass_env``: names of the daemon's environment variables that every step gets. ``keep_workspace_for``: seconds
+    after which a kept workspace goes (None: never); ``mirrors_max``: bytes on disk of all mirrors together.
+    """
+
+    grace: float = 10.0
+    timeout: float | None = None
+    max_output: int = 1 << 30
+    keep_workspace: bool = False
+    keep_workspace_for: float | None = None
+    allow: tuple[str, ...] = ("*",)
+    mirrors: bool = True
+    mirrors_max: int = 20 << 30
+    credentials: tuple[HostCredential, ...] = ()
+    pass_env: tuple[str, ...] = ()
+
+
+class RunFile(msgspec.Struct, kw_only=True, frozen=True):
+    """``runs/<lease>/spec``: all that a restarted daemon needs to go on with the run. Holds no secret."""
+
+    lease: str
+    job: int
+    attempt: int
+    uid: int | None
+    workspace: str
+    token: str
+    has_checkout: bool
+    keep_workspace: bool
+    plan: Plan
+    created_at: float
+
+
+def read_run(run_dir: Path) -> RunFile | None:
+    """The run's ``spec``; None if the run was never wholly prepared. Raises RunnerError, ``Damaged`` if it is."""
+    path = run_dir / "spec"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=RunFile)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise RunnerError(f"{path}: can't be read: {error}") from error
+    except msgspec.MsgspecError as error:
+        raise Damaged(f"{path}: is damaged: {error}") from error
+
+
+class RunWriter:
+    """Writes the files of one run. ``now`` in unix seconds."""
+
+    def __init__(self, state: Path, lease: Lease, settings: StepsSettings) -> None:
+        """Raises InvalidInput where the job's spec can't be run."""
+        self._state = state
+        self._lease = lease
+        self._settings = settings
+        self._spec = decode_spec(lease.spec)
+        self._run_dir = state / "runs" / str(lease.id)
+        self._workspace = state / "work" / str(lease.id)
+        missing = sorted(set(self._spec.secrets) - set(lease.secrets))
+        if missing:
+            raise InvalidInput("secrets", f"the values of {', '.join(missing)} are gone", "submit the job again")
+
+    def write(self, uid: int | None, now: float) -> RunFile:
+        """The steps first, the run's own ``spec`` last: where it is, all is there. Raises RunnerError."""
+        spec = self._spec
+        token = secrets.token_hex(16)
+        steps = list(spec.steps)
+        plan: list[StepPlan] = [StepPlan(index=0, name=CHECKOUT)] if spec.has_checkout else []
+        plan += [
+            StepPlan(index=index, name=step.name, always=step.always, timeout=step.timeout)
+            for index, step in enumerate(steps, start=len(plan))
+        ]
+        try:
+            self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunnerError(f"{self._run_dir}: can't be made: {error.strerror}") from error
+        if spec.has_checkout:
+            self._write_checkout(token)
+        for index, step in enumerate(steps, start=int(spec.has_checkout)):
+            write_step(self._run_dir / str(index), self._step_file(index, step, uid, token))
+        run = RunFile(
+            lease=str(self._lease.id),
+            job=self._lease.job,
+            attempt=self._lease.attempt,
+            uid=uid,
+            workspace=str(self._workspace),
+            token=token,
+            has_checkout=spec.has_checkout,
+            keep_workspace=spec.keep_workspace,
+            plan=Plan(steps=tuple(plan), timeout=self._settings.timeout if spec.timeout is None else spec.timeout),
+            created_at=now,
+        )
+        write_json_atomic(self._run_dir / "spec", run)
+        return run
+
+    def _step_file(self, index: int, step: StepSpec, uid: int | None, token: str) -> StepFile:
+        return StepFile(
+            argv=("/bin/sh", "-c", step.run) if isinstance(step.run, str) else step.run,
+            workspace=str(self._workspace),
+            cwd=f"src/{step.dir}" if step.dir else "src",
+            env=self._environment(index, step),
+            uid=uid,
+            gid=uid,
+            timeout=step.timeout,
+            grace=self._settings.grace,
+            max_output=self._settings.max_output,
+            token=token,
+        )
+
+    def _environment(self, index: int, step: StepSpec) -> dict[str, str]:
+        """A clean one: nothing of the daemon's but what the host's config passes on. The step's own goes last.
+
+        HOME, TMPDIR and BSUP_RUN are the shepherd's to set.
+        """
+        lease = self._lease
+        return {
+            "PATH": DEFAULT_PATH,
+            "LANG": "C.UTF-8",
+            "SHELL": "/bin/sh",
+            "USER": "bsup",
+            "LOGNAME": "bsup",
+            "CI": "true",
+            **_passed(self._settings.pass_env),
+            "BSUP": "1",
+            "BSUP_JOB_ID": str(lease.job),
+            "BSUP_JOB_NAME": lease.name,
+            "BSUP_ATTEMPT": str(lease.attempt),
+            "BSUP_STEP": step.name,
+            "BSUP_STEP_INDEX": str(index),
+            "BSUP_LEASE": str(lease.id),
+            "BSUP_WORKSPACE": str(self._workspace / "src"),
+            **{name: lease.secrets[name] for name in self._spec.secrets},
+            **step.env,
+        }
+
+    def _write_checkout(self, token: str) -> None:
+        step_dir = self._run_dir / "0"
+        step = StepFile(
+            argv=(*_CHECKOUT, str(step_dir / PLAN_FILE)),
+            workspace=str(self._workspace),
+            env={
+                "PATH": DEFAULT_PATH,
+                **_passed(PASSED_ON),
+                "LANG": "C.UTF-8",
+                "USER": _own_name(),
+                "PYTHONPATH": str(Path(supervisor.__file__).parents[1]),
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
+            grace=self._settings.grace,
+            max_output=self._settings.max_output,
+            token=token,
+            private_tmp=False,
+            as_service=True,
+        )
+        write_step(step_dir, step)
+        write_json_atomic(step_dir / PLAN_FILE, self._checkout_plan(self._spec))
+
+    def _checkout_plan(self, spec: JobSpec) -> dict[str, object]:
+        """As ``checkout.Plan`` reads it."""
+        repository = spec.repository
+        credentials: list[dict[str, str]] = []
+        if repository is not None and repository.credential is not None:
+            credentials.append(
+                {
+                    "url": _server(repository.url),
+                    "username": repository.credential.username,
+                    "password": self._lease.secrets[repository.credential.secret],
+                }
+            )
+        credentials += [msgspec.to_builtins(credential) for credential in self._settings.credentials]
+        return {
+            "src": str(self._workspace / "src"),
+            "allow": self._settings.allow,
+            "mirrors": str(self._state / "mirrors") if self._settings.mirrors else None,
+            "repository": repository,
+            "files": spec.files or None,
+            "credentials": credentials,
+        }
+
+
+def _passed(names: tuple[str, ...], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    return {name: environ[name] for name in names if name in environ}
+
+
+def _server(url: str) -> str:
+    """``https://host:port`` of a URL: submodules from the same server get the job's credential, other servers never."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}"
+
+
+def _own_name() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())

@@ -1,0 +1,146 @@
+"""``session.json`` and the lock of a state directory: which session this directory held last, and that one daemon has
+it.
+
+The file names the machine, the boot and the directory it was written for. One of another machine or directory (a cloned
+image) is set aside, so that two hosts never renew one session; one of another boot is good, but nothing it ran still
+runs.
+
+May import model and ports. ``app`` takes the lock first of all and hands the rest to the root actor as its
+``SessionFile``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import anyio.to_thread
+import msgspec
+
+from supervisor.model.errors import BsupError
+from supervisor.model.job import Me
+from supervisor.ports import SavedSession
+
+
+class StateDirectoryTaken(BsupError):
+    """Another daemon runs on this state directory."""
+
+
+class _Stored(msgspec.Struct, kw_only=True):
+    """``session.json``. ``dir`` is "<st_dev>:<st_ino>" of the state directory."""
+
+    session: str
+    incarnation: str
+    next_incarnation: str | None = None
+    epoch: int
+    machine_id: str
+    boot_id: str
+    dir: str
+
+
+class StateLock:
+    """The lock of a state directory, held until ``release`` or the end of this process; no child inherits it."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def lock_state(state: Path) -> StateLock:
+    """Raises StateDirectoryTaken, or OSError where the directory can't be written."""
+    fd = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise StateDirectoryTaken(f"another bsup daemon runs on {state}: stop it, or give this one a --state") from None
+    except BaseException:
+        os.close(fd)
+        raise
+    return StateLock(fd)
+
+
+class StateSessionFile:
+    """Keeps the promises of ``ports.SessionFile``. ``machine_id`` and ``boot_id`` are this machine's, as it runs
+    now."""
+
+    def __init__(self, state: Path, machine_id: str, boot_id: str) -> None:
+        self._state = state
+        self._path = state / "session.json"
+        self._machine_id = machine_id
+        self._boot_id = boot_id
+
+    async def load(self) -> SavedSession | None:
+        return await anyio.to_thread.run_sync(self._load)
+
+    async def save(self, me: Me, next_incarnation: str | None = None) -> None:
+        await anyio.to_thread.run_sync(self._save, me, next_incarnation)
+
+    def _load(self) -> SavedSession | None:
+        try:
+            stored = msgspec.json.decode(self._path.read_bytes(), type=_Stored)
+        except FileNotFoundError:
+            return None
+        except msgspec.MsgspecError:
+            # It is written by rename: only something else than bsup, or a bad disk, leaves it like this.
+            self._set_aside("unreadable")
+            return None
+        if stored.machine_id != self._machine_id or stored.dir != self._directory():
+            self._set_aside("foreign")
+            return None
+        return SavedSession(
+            session=stored.session,
+            incarnation=stored.incarnation,
+            next_incarnation=stored.next_incarnation,
+            epoch=stored.epoch,
+            same_boot=stored.boot_id == self._boot_id,
+        )
+
+    def _save(self, me: Me, next_incarnation: str | None) -> None:
+        boot_id = self._boot_id
+        if next_incarnation is not None:
+            # Only the intent to take it up: until that is done, what runs is still what the boot before left.
+            boot_id = self._stored_boot_id() or boot_id
+        stored = _Stored(
+            session=me.session,
+            incarnation=me.incarnation,
+            next_incarnation=next_incarnation,
+            epoch=me.epoch,
+            machine_id=self._machine_id,
+            boot_id=boot_id,
+            dir=self._directory(),
+        )
+        temporary = self._path.with_suffix(".tmp")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(msgspec.json.encode(stored))
+            file.flush()
+            os.fsync(fd)
+        temporary.replace(self._path)
+        directory = os.open(self._state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _stored_boot_id(self) -> str | None:
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=_Stored).boot_id
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+
+    def _set_aside(self, why: str) -> None:
+        """Under the first free name: an older one set aside is evidence too."""
+        number = 0
+        while (aside := self._path.with_name(f"session.{why}.{number}.json")).exists():
+            number += 1
+        self._path.rename(aside)
+
+    def _directory(self) -> str:
+        found = self._state.stat()
+        return f"{found.st_dev}:{found.st_ino}"

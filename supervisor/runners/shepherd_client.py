@@ -1,0 +1,309 @@
+"""The daemon's side of the shepherd: starts it detached where none runs, connects, asks, and passes its hints on.
+
+May import the standard library, ``model`` and its neighbour ``handles``; shares nothing with ``supervisor.shepherd``
+but the file format and the socket's words. Called by the kind-``steps`` runner.
+
+The shepherd may die or leave at any time, and so may a connection. Every request may be sent again: a start is at most
+once by the claim file, the others say what shall be. So a request that got no answer is repeated on the next
+connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from supervisor.model.errors import RunnerError
+
+HintKind = Literal["exited", "closed", "reconnected"]
+Hint = Callable[[HintKind, Path | None], None]
+
+_SHEPHERD = Path(__file__).resolve().parent.parent / "shepherd"
+_PROTOCOL = 1
+_LONGEST_LINE = 16 << 20
+_LONGEST_PATH = 100
+_FIRST_PAUSE = 0.02
+_LAST_PAUSE = 2.0
+_START_TIME = 30.0
+
+
+class Refused(RunnerError):
+    """The shepherd would not do it; nothing was started or changed.
+
+    ``code``: ``fence`` (its time has passed), ``busy`` (uid or path in use), ``policy`` (a uid or path the host does
+    not allow), ``spec`` (the spec file is wrong), ``failed`` (the machine refused).
+    """
+
+    def __init__(self, code: str, problem: str) -> None:
+        self.code = code
+        super().__init__(problem)
+
+
+class _Answer(msgspec.Struct):
+    """What every line from the shepherd is read as: an answer (``id``, ``ok``) or an event (``event``, ``dir``)."""
+
+    id: int | None = None
+    ok: bool = False
+    code: str = "failed"
+    error: str = ""
+    event: str | None = None
+    dir: str | None = None
+
+
+class _Hello(msgspec.Struct):
+    """The shepherd's first line."""
+
+    protocol: int
+    uid_base: int
+    uid_count: int
+
+
+class ShepherdClient:
+    """One connection to the host's shepherd, kept by a task that ``connect`` starts and ``aclose`` ends.
+
+    ``uid_count`` uids from ``uid_base`` are the jobs' (as root; 0: they run as the daemon's uid). ``linger``: seconds
+    the shepherd stays with nothing to do. ``patience``: how long a request waits for an answer, and for a shepherd to
+    ask. Requests raise ``Refused``, or RunnerError when no shepherd answers in time.
+    """
+
+    def __init__(
+        self,
+        state: Path,
+        *,
+        uid_base: int = 200_000,
+        uid_count: int = 0,
+        linger: float = 10.0,
+        patience: float = 30.0,
+    ) -> None:
+        self._state = state.absolute()
+        self._uids = {"uid_base": uid_base, "uid_count": uid_count}
+        self._options = [f"--uid-base={uid_base}", f"--uid-count={uid_count}", f"--linger={linger}"]
+        self._patience = patience
+        self._tell: list[Hint] = []
+        self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self._last_id = 0
+        self._writer: asyncio.StreamWriter | None = None
+        self._connected = asyncio.Event()
+        self._problem = "it was never asked"
+        self._start_problem: str | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def connect(self) -> None:
+        """Connects, starting a shepherd if none runs; from then on reconnects by itself (hint ``reconnected``).
+
+        Raises RunnerError when there is none to connect to within ``patience``.
+        """
+        if self._keeper is None:
+            self._keeper = asyncio.create_task(self._keep_connected(), name="shepherd connection")
+        await self._wait_connected()
+
+    async def aclose(self) -> None:
+        """Ends the connection. The shepherd and its jobs go on."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+            self._keeper = None
+
+    def on_hint(self, tell: Hint) -> None:
+        """``tell(kind, step_dir)`` on the event loop; ``reconnected`` (None): hints may have been missed, read the
+        files."""
+        self._tell.append(tell)
+
+    async def start_step(self, step_dir: Path) -> None:
+        """Starts the step whose ``spec`` is there; returns when ``started`` is on disk (or it was claimed before).
+
+        A command that can't be executed is no error here: the step's ``exit`` says so (cause ``exec``).
+        """
+        await self._ask({"do": "start", "dir": str(step_dir)})
+
+    async def stop_run(self, run_dir: Path, grace: float, kill: bool) -> bool:
+        """Stops what runs of it now (True), if anything does; returns at once. The end comes as files and hints."""
+        answer = await self._ask({"do": "stop", "dir": str(run_dir), "grace": grace, "kill": kill})
+        return answer.get("live") is True
+
+    async def make_workspace(self, path: Path, uid: int | None) -> None:
+        """Makes ``work/<name>`` with src, tmp and home (0700), owned by ``uid`` (None: the daemon's own).
+        Idempotent."""
+        await self._ask({"do": "workspace", "path": str(path), "uid": uid})
+
+    async def give_back(self, path: Path) -> None:
+        """Gives a workspace to the daemon's own uid, for keeping: the job's uid will be another job's soon."""
+        await self._ask({"do": "give_back", "path": str(path)}, slow=True)
+
+    async def remove(self, path: Path) -> None:
+        """Removes ``work/<name>`` or ``runs/<lease>``, whoever owns what is in it. Idempotent. Not while it runs."""
+        await self._ask({"do": "remove", "path": str(path)}, slow=True)
+
+    async def status(self) -> dict[str, Any]:
+        """pid, protocol, live (a list of {dir, pid, uid, state, cause, since}), fence_at, isolation (words by name)
+        …"""
+        return await self._ask({"do": "status"})
+
+    # --- requests ---
+
+    async def _ask(self, request: dict[str, Any], *, slow: bool = False) -> dict[str, Any]:
+        """The answer; the request is sent again on each new connection until there is one. ``slow``: as long as it
+        takes."""
+        while True:
+            await self._wait_connected()
+            try:
+                async with asyncio.timeout(None if slow else self._patience):
+                    answer = await self._send(request)
+            except TimeoutError as error:
+                raise RunnerError(f"the shepherd did not answer {request['do']} in {self._patience:g} s") from error
+            if answer is None:
+                continue
+            if answer.get("ok") is True:
+                return answer
+            raise Refused(str(answer.get("code")), str(answer.get("error")))
+
+    async def _send(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """None: the connection was lost before the answer."""
+        if self._writer is None:
+            return None
+        self._last_id += 1
+        number = self._last_id
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        try:
+            self._writer.write(msgspec.json.encode({"id": number, **request}) + b"\n")
+            line = await future
+        except ConnectionError:
+            return None
+        finally:
+            self._waiting.pop(number, None)
+        answer: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
+        return answer
+
+    async def _wait_connected(self) -> None:
+        if self._keeper is None or self._keeper.done():
+            raise RunnerError("the shepherd's client is closed")
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._connected.wait()
+        except TimeoutError as error:
+            raise RunnerError(f"no shepherd answers in {self._state}: {self._problem}") from error
+
+    # --- the connection ---
+
+    async def _keep_connected(self) -> None:
+        """Connects, reads until the connection is lost, and again. A new start is tried with growing pauses."""
+        pause = _FIRST_PAUSE
+        first = True
+        while True:
+            try:
+                reader, self._writer = await self._reach()
+            except OSError as error:
+                self._problem = self._start_problem or str(error)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LAST_PAUSE)
+                continue
+            try:
+                if await self._greet(reader, self._writer):
+                    self._connected.set()
+                    if not first:
+                        self._pass_on("reconnected", None)
+                    first = False
+                    pause = _FIRST_PAUSE
+                    await self._read(reader)
+            finally:
+                self._lose()
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LAST_PAUSE)
+
+    async def _reach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Raises OSError when there is none, and none could be started."""
+        try:
+            return await self._open()
+        except OSError:
+            self._start_problem = await self._start_shepherd()
+        return await self._open()
+
+    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        path = self._state / "shepherd.sock"
+        if len(os.fsencode(path)) < _LONGEST_PATH:
+            return await asyncio.open_unix_connection(path, limit=_LONGEST_LINE)
+        # A socket's name holds 107 bytes: a longer one is reached through its directory's descriptor.
+        directory = os.open(self._state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return await asyncio.open_unix_connection(f"/proc/self/fd/{directory}/shepherd.sock", limit=_LONGEST_LINE)
+        finally:
+            os.close(directory)
+
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Waits for the shepherd's first line: after it no hint is missed. A shepherd that was started under another
+        config is told the uids of this one."""
+        try:
+            async with asyncio.timeout(self._patience):
+                hello = msgspec.json.decode(await reader.readline(), type=_Hello)
+        except (OSError, ValueError, msgspec.MsgspecError, TimeoutError):
+            self._problem = "the one that listens is not a shepherd that this daemon understands"
+            return False
+        if hello.protocol != _PROTOCOL:
+            self._problem = f"the one that runs speaks protocol {hello.protocol}, this daemon {_PROTOCOL}"
+            return False
+        if self._uids != {"uid_base": hello.uid_base, "uid_count": hello.uid_count}:
+            # No answer is awaited: where it is refused, the first start says so.
+            writer.write(msgspec.json.encode({"do": "uids", **self._uids}) + b"\n")
+        return True
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        """Until the connection is lost."""
+        with contextlib.suppress(OSError, ValueError, msgspec.MsgspecError):
+            while line := await reader.readline():
+                self._on_line(line)
+
+    def _on_line(self, line: bytes) -> None:
+        said = msgspec.json.decode(line, type=_Answer)
+        step_dir = Path(said.dir) if said.dir else None
+        if said.event == "exited":
+            self._pass_on("exited", step_dir)
+        elif said.event == "closed":
+            self._pass_on("closed", step_dir)
+        elif said.id is not None and (future := self._waiting.get(said.id)) and not future.done():
+            future.set_result(line)
+
+    def _pass_on(self, kind: HintKind, step_dir: Path | None) -> None:
+        for tell in self._tell:
+            tell(kind, step_dir)
+
+    def _lose(self) -> None:
+        self._connected.clear()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(ConnectionResetError("the shepherd's connection was lost"))
+
+    async def _start_shepherd(self) -> str | None:
+        """Returns when one listens, None, or why none does. It is no child of the daemon's: it has a session of its own
+        and outlives it."""
+        # Run as a directory with -I -S: it imports itself and the standard library, nothing that is installed or set.
+        command = [sys.executable, "-I", "-S", str(_SHEPHERD), "--detach", f"--state={self._state}", *self._options]
+        try:
+            done = await asyncio.to_thread(
+                subprocess.run,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"},
+                cwd="/",
+                timeout=_START_TIME,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"it can't be started: {error}"
+        if done.returncode == 0:
+            return None
+        words = done.stderr.decode(errors="replace").strip().splitlines()
+        return words[-1] if words else f"it ended at its start; see {self._state / 'shepherd.log'}"

@@ -1,0 +1,136 @@
+"""``python supervisor/shepherd --state DIR``: runs the shepherd. With ``--detach`` it returns when the shepherd
+listens.
+
+Started by its client (or a service manager), with the interpreter's isolated mode: nothing in the environment or the
+working directory, and no installed package, is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import gc
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+if not __package__:
+    # Run as a directory, which puts that directory itself first: its modules are to be found as a package's.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from supervisor.shepherd import linux
+from supervisor.shepherd.files import StateDirectory, log_is_full, log_to, say
+from supervisor.shepherd.host import Host
+from supervisor.shepherd.loop import Loop, now
+from supervisor.shepherd.server import Server
+from supervisor.shepherd.spawn import private_tmp_problem
+from supervisor.shepherd.spec import Policy, is_uid_range, service_ids
+from supervisor.shepherd.sweep import sweep
+from supervisor.shepherd.uids import UidRanges
+
+_LOG_CHECK = 60.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="shepherd", description="Owns the processes of bsup's jobs on this host.")
+    parser.add_argument("--state", required=True, help="the daemon's state directory")
+    parser.add_argument("--uid", type=int, default=os.geteuid(), help="the daemon's uid, whose requests are taken")
+    parser.add_argument("--uid-base", type=int, default=200_000, help="the first uid given to jobs")
+    parser.add_argument("--uid-count", type=int, default=0, help="how many; 0: jobs run as the shepherd's own uid")
+    parser.add_argument("--linger", type=float, default=10.0, help="seconds to stay with no job and no client")
+    parser.add_argument("--detach", action="store_true", help="go to the background, and return when it listens")
+    options = parser.parse_args(arguments)
+    if not is_uid_range(options.uid_base, options.uid_count):
+        parser.error("--uid-base and --uid-count must make a range of uids above 0")
+    policy = Policy(service_ids(options.uid), options.uid_base, options.uid_count)
+    if policy.allows(options.uid):
+        parser.error("--uid must not be one of the jobs'")
+    state = StateDirectory(options.state, policy.owner)
+    if not options.detach:
+        return _run(state, policy, options.linger, lambda: None)
+    read, write = os.pipe2(os.O_CLOEXEC)
+    if os.fork() > 0:
+        os.close(write)
+        return 0 if os.read(read, 1) else 1
+    os.close(read)
+    os.setsid()
+    log_to(state)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    return _run(state, policy, options.linger, lambda: _ready(write), detached=True)
+
+
+def _ready(write: int) -> None:
+    os.write(write, b"!")
+    os.close(write)
+
+
+def _run(
+    state: StateDirectory, policy: Policy, linger: float, ready: Callable[[], None], *, detached: bool = False
+) -> int:
+    os.umask(0o077)
+    os.chdir(state.fd)
+    lock = os.open("shepherd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        # Another one serves this directory: that is as good.
+        ready()
+        return 0
+    linux.become_subreaper()
+    linux.name_process("bsup-shepherd")
+    file_limit = _raise_file_limit()
+    state.make("runs", 0o700)
+    state.make("work", 0o711)
+    with open(state.create_or_empty("shepherd.pid"), "w", encoding="ascii") as file:
+        file.write(f"{os.getpid()}\n")
+    uids = UidRanges(state)
+    before = None
+    if policy.gives_uids:
+        before = uids.remembered(policy.uid_base, policy.uid_count)
+        policy = replace(policy, uid_shift=uids.take(policy.uid_base, policy.uid_count, policy.service[0]))
+    sweep(state, policy, by_uid=uids.are_locked and before == policy.uid_shift)
+    loop = Loop()
+    host = Host(loop, state, policy, uids, file_limit=file_limit, tmp_problem=private_tmp_problem())
+    server = Server(
+        loop,
+        host,
+        peers=frozenset({os.geteuid(), policy.service[0]}),
+        linger=linger,
+    )
+    host.on_event = server.announce
+    loop.on_signal(signal.SIGCHLD, host.reap)
+    loop.on_signal(signal.SIGTERM, server.end)
+    loop.on_signal(signal.SIGINT, server.end)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if detached:
+        _keep_log_small(loop, state)
+    # What is here now stays: a fork that doesn't touch it copies less.
+    gc.collect()
+    gc.freeze()
+    say(f"shepherd {os.getpid()} serves {state.path}")
+    ready()
+    loop.run()
+    server.close()
+    say(f"shepherd {os.getpid()} leaves")
+    return 0
+
+
+def _raise_file_limit() -> tuple[int, int]:
+    """Six descriptors a step; the steps themselves get the limit this process began with."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft, hard
+
+
+def _keep_log_small(loop: Loop, state: StateDirectory) -> None:
+    if log_is_full():
+        log_to(state)
+    loop.at(now() + _LOG_CHECK, lambda: _keep_log_small(loop, state))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Files below the state directory, named so that no symlink can lead out of it. Standard library only.
+
+A job owns its workspace and may have put anything there; the daemon's uid owns the rest. Every path that comes in a
+request is split into names, and walked with directory descriptors and O_NOFOLLOW.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_LARGEST_FILE = 8 << 20
+_LARGEST_LOG = 1 << 20
+
+
+class Refusal(Exception):
+    """A request that is not done; nothing was changed. ``code``: fence, busy, policy, spec or failed."""
+
+    def __init__(self, code: str, problem: str) -> None:
+        self.code = code
+        super().__init__(problem)
+
+
+class StateDirectory:
+    """The root of all that the shepherd touches. ``owner``: whose the files in it are to be (None: who made them)."""
+
+    def __init__(self, path: str, owner: tuple[int, int] | None) -> None:
+        self.given = os.path.abspath(path)
+        self.path = os.path.realpath(path)
+        self.owner = owner
+        self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def names(self, path: object, top: str, depth: int) -> tuple[str, ...]:
+        """The ``depth`` names below ``top`` of an absolute path. Raises Refusal if it is any other path."""
+        if not isinstance(path, str):
+            raise Refusal("spec", f"a path below {self.path}/{top} is needed")
+        for root in (self.given, self.path):
+            if path.startswith(f"{root}/{top}/"):
+                names = tuple(path[len(root) + len(top) + 2 :].split("/"))
+                if len(names) == depth and all(_NAME.fullmatch(name) for name in names):
+                    return names
+        raise Refusal("policy", f"{path!r} is not {self.path}/{top}/{'/'.join(['<name>'] * depth)}")
+
+    def open(self, *names: str) -> int:
+        """A descriptor of the directory, reached through no symlink. Raises Refusal."""
+        at = os.dup(self.fd)
+        for name in names:
+            try:
+                below = os.open(name, _DIRECTORY, dir_fd=at)
+            except OSError as error:
+                raise Refusal("policy", f"{'/'.join(names)}: {name}: {error.strerror}") from error
+            finally:
+                os.close(at)
+            at = below
+        return at
+
+    def make(self, name: str, mode: int) -> None:
+        """Makes a directory directly below, if it isn't there, and sets its mode."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, mode, dir_fd=self.fd)
+        directory = self.open(name)
+        try:
+            os.fchmod(directory, mode)
+            if self.owner:
+                os.fchown(directory, *self.owner)
+        finally:
+            os.close(directory)
+
+    def create(self, directory: int, name: str, flags: int = os.O_WRONLY) -> int:
+        """A new file, the daemon's to read. Raises FileExistsError."""
+        fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=directory)
+        if self.owner:
+            os.fchown(fd, *self.owner)
+        return fd
+
+    def create_or_empty(self, name: str) -> int:
+        """A file directly below."""
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self.fd)
+        if self.owner:
+            os.fchown(fd, *self.owner)
+        return fd
+
+    def write_json(self, directory: int, name: str, value: Mapping[str, Any]) -> None:
+        """By write and rename: a reader sees all of it or nothing."""
+        temporary = f".{name}.tmp"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=directory)
+        with open(self.create(directory, temporary), "wb") as file:
+            file.write(json.dumps(value, separators=(",", ":")).encode())
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def read_json(directory: int, name: str) -> dict[str, Any] | None:
+    """The object in a file; None if the file isn't there. Raises ValueError if it holds anything else."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+    except FileNotFoundError:
+        return None
+    with open(fd, "rb") as file:
+        data = file.read(_LARGEST_FILE + 1)
+    if len(data) > _LARGEST_FILE:
+        raise ValueError(f"{name} is larger than {_LARGEST_FILE} bytes")
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is not an object")
+    return value
+
+
+def exists(directory: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def chown_tree(directory: int, uid: int, gid: int) -> None:
+    """Gives the directory and all below it to ``uid``: no symlink is followed, no mount entered.
+
+    A file with several names is left as it is: it may be the object of a mirror that a clone hard-linked, and then a
+    job would get to own what other jobs read.
+    """
+    device = os.fstat(directory).st_dev
+    for _, names, files, at in os.fwalk(dir_fd=directory, follow_symlinks=False):
+        found = os.fstat(at)
+        if found.st_dev != device:
+            names.clear()
+            continue
+        for name in files:
+            entry = os.stat(name, dir_fd=at, follow_symlinks=False)
+            if entry.st_uid != uid and entry.st_nlink == 1:
+                os.chown(name, uid, gid, dir_fd=at, follow_symlinks=False)
+        for name in names:
+            # fwalk lists symlinks to directories here; the directories themselves are changed when they are walked.
+            entry = os.stat(name, dir_fd=at, follow_symlinks=False)
+            if entry.st_uid != uid and entry.st_dev == device:
+                os.chown(name, uid, gid, dir_fd=at, follow_symlinks=False)
+    os.fchown(directory, uid, gid)
+
+
+def say(text: str) -> None:
+    """A line in the shepherd's own log."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    with contextlib.suppress(OSError):
+        os.write(2, f"{stamp} {text}\n".encode(errors="backslashreplace"))
+
+
+def log_to(state: StateDirectory) -> None:
+    """Sends stdout and stderr to ``shepherd.log``; one older log is kept when it has grown past 1 MiB."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat("shepherd.log", dir_fd=state.fd, follow_symlinks=False).st_size > _LARGEST_LOG:
+            os.rename("shepherd.log", "shepherd.log.1", src_dir_fd=state.fd, dst_dir_fd=state.fd)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open("shepherd.log", flags, 0o600, dir_fd=state.fd)
+    if state.owner:
+        os.fchown(fd, *state.owner)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
+def log_is_full() -> bool:
+    return os.fstat(2).st_size > _LARGEST_LOG

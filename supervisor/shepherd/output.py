@@ -1,0 +1,221 @@
+"""What a step writes: from its FIFOs to raw files, with an index of when. Standard library only; called by ``step``,
+``sweep``.
+
+The job holds its FIFOs open for reading too (O_RDWR), so it gets no SIGPIPE if the shepherd dies. Bytes are spliced:
+they never pass through this process's memory, and none is lost between a read and a write if it is killed.
+
+``idx`` is a sequence of ``<dqB``: unix time, end offset in its stream's file, and what: 1 out, 2 err, 4 out was cut at
+this offset, 5 err was cut. It is written after the bytes it speaks of; an offset may cover several pieces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import struct
+import time
+
+from supervisor.shepherd.files import StateDirectory, say
+
+RECORD = struct.Struct("<dqB")
+_CUT = 3
+_PIECE = 1 << 20
+_TURN = 1 << 20
+_REFUSES_SPLICE = {errno.EINVAL, errno.ENOSYS}
+_NOW = os.SPLICE_F_NONBLOCK
+
+
+class Channel:
+    """One stream. ``fifo`` is None once every writer has closed it; ``size`` bytes are kept, ``dropped`` were not."""
+
+    def __init__(self, number: int, fifo: int, file: int) -> None:
+        self.number = number
+        self.fifo: int | None = fifo
+        self.file = file
+        self.size = os.fstat(file).st_size
+        self.dropped = 0
+
+    def close_fifo(self) -> None:
+        if self.fifo is not None:
+            os.close(self.fifo)
+            self.fifo = None
+
+
+class Output:
+    """Both streams of a step, capped together at ``limit`` bytes: past it they are drained still, and counted."""
+
+    def __init__(self, out: Channel, err: Channel, index: int, limit: int) -> None:
+        self.channels = (out, err)
+        self._index = index
+        self._index_size = os.fstat(index).st_size // RECORD.size * RECORD.size
+        self._unsaid: list[tuple[float, int, int]] = []
+        self._limit = limit
+        self._splices = True
+        self._devnull = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+    @classmethod
+    def make(cls, state: StateDirectory, directory: int, limit: int, reader: int | None) -> tuple[Output, int, int]:
+        """Makes the files, and returns the ends the step gets as its stdout and stderr.
+
+        ``reader``: the step's uid. ``> /dev/stdout`` opens the FIFO anew, with the job's rights.
+        """
+        opened: list[int] = []
+        try:
+            for name in ("out", "err"):
+                fifo = f"fifo.{name}"
+                os.mkfifo(fifo, 0o600, dir_fd=directory)
+                flags = os.O_CLOEXEC | os.O_NOFOLLOW
+                # The reading end first: it needs no writer, and it is open before there can be one.
+                opened.append(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | flags, dir_fd=directory))
+                opened.append(os.open(fifo, os.O_RDWR | flags, dir_fd=directory))
+                if reader is not None:
+                    os.fchown(opened[-1], reader, -1)
+                opened.append(state.create(directory, name))
+            opened.append(state.create(directory, "idx"))
+            out, err = Channel(1, opened[0], opened[2]), Channel(2, opened[3], opened[5])
+            return cls(out, err, opened[6], limit), opened[1], opened[4]
+        except OSError:
+            for fd in opened:
+                os.close(fd)
+            raise
+
+    @classmethod
+    def reopen(cls, directory: int) -> Output | None:
+        """The output of a step whose shepherd died: takes what is in the FIFOs still. None if it had none."""
+        flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        opened: list[int] = []
+        try:
+            for name, mode in (("fifo.out", os.O_RDONLY), ("out", os.O_WRONLY), ("fifo.err", os.O_RDONLY),
+                               ("err", os.O_WRONLY), ("idx", os.O_RDWR)):  # fmt: skip
+                opened.append(os.open(name, mode | flags, dir_fd=directory))
+        except OSError:
+            for fd in opened:
+                os.close(fd)
+            return None
+        output = cls(Channel(1, opened[0], opened[1]), Channel(2, opened[2], opened[3]), opened[4], 1 << 62)
+        output._mend()
+        return output
+
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody still holds a stream open for writing."""
+        return any(channel.fifo is not None for channel in self.channels)
+
+    def counts(self) -> dict[str, int]:
+        out, err = self.channels
+        return {"out_bytes": out.size, "err_bytes": err.size, "out_dropped": out.dropped, "err_dropped": err.dropped}
+
+    def pump(self, channel: Channel, turn: int = _TURN) -> bool:
+        """Moves what is there, ``turn`` bytes or a little more at most; False: it is empty or closed now."""
+        moved = 0
+        before = channel.size
+        more = True
+        while more and moved < turn and channel.fifo is not None:
+            try:
+                count = self._move(channel, channel.fifo)
+            except BlockingIOError:
+                more = False
+            else:
+                moved += count
+                if count == 0:
+                    channel.close_fifo()
+                    more = False
+        if channel.size > before:
+            self._say(channel.size, channel.number)
+        return more
+
+    def drain(self, most: int = 4 << 20) -> None:
+        """Until both are empty. What is in a pipe at the exit is 1 MiB at most; who still writes after it waits."""
+        for channel in self.channels:
+            left = most
+            while left > 0 and self.pump(channel):
+                left -= _TURN
+
+    def close(self) -> None:
+        self._write_index()
+        for channel in self.channels:
+            channel.close_fifo()
+            os.close(channel.file)
+        os.close(self._index)
+        os.close(self._devnull)
+
+    def _move(self, channel: Channel, fifo: int) -> int:
+        """Takes some bytes out of the FIFO; returns how many, 0 at its end. Raises BlockingIOError when there are none
+        now."""
+        room = self._limit - sum(each.size for each in self.channels)
+        if channel.dropped or room <= 0:
+            return self._drop(channel, fifo)
+        try:
+            if self._splices:
+                count = os.splice(fifo, channel.file, min(room, _PIECE), offset_dst=channel.size, flags=_NOW)
+                channel.size += count
+                return count
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno not in _REFUSES_SPLICE:
+                # A full or broken disk must not stop the job, nor this process: from here on its output is cut.
+                say(f"output: stream {channel.number} is cut: {error}")
+                return self._drop(channel, fifo)
+            self._splices = False
+        return self._copy(channel, fifo, min(room, 1 << 16))
+
+    def _copy(self, channel: Channel, fifo: int, most: int) -> int:
+        """For file systems that know no splice. A kill between the read and the write loses what was read."""
+        data = os.read(fifo, most)
+        kept = 0
+        try:
+            while kept < len(data):
+                kept += os.pwrite(channel.file, data[kept:], channel.size + kept)
+        except OSError as error:
+            say(f"output: stream {channel.number} is cut: {error}")
+        channel.size += kept
+        self._count_dropped(channel, len(data) - kept)
+        return len(data)
+
+    def _drop(self, channel: Channel, fifo: int) -> int:
+        count = os.splice(fifo, self._devnull, _PIECE, flags=_NOW) if self._splices else len(os.read(fifo, 1 << 16))
+        self._count_dropped(channel, count)
+        return count
+
+    def _count_dropped(self, channel: Channel, count: int) -> None:
+        if count and not channel.dropped:
+            self._say(channel.size, channel.number)
+            self._say(channel.size, channel.number + _CUT)
+        channel.dropped += count
+
+    def _say(self, offset: int, what: int) -> None:
+        last = self._unsaid[-1] if self._unsaid else None
+        if last and last[2] == what:
+            self._unsaid[-1] = (time.time(), offset, what)
+        else:
+            self._unsaid.append((time.time(), offset, what))
+        self._write_index()
+
+    def _write_index(self) -> None:
+        """At a place of its own and not appended: a record torn by a full disk is written over the next time."""
+        data = b"".join(RECORD.pack(*record) for record in self._unsaid)
+        with contextlib.suppress(OSError):
+            if os.pwrite(self._index, data, self._index_size) == len(data):
+                self._index_size += len(data)
+                self._unsaid.clear()
+
+    def _mend(self) -> None:
+        """Adds the records of bytes that were spliced and not yet indexed when the shepherd was killed."""
+        said = {1: 0, 2: 0}
+        cut = set()
+        at = 0
+        while at < self._index_size:
+            data = os.pread(self._index, RECORD.size * 4096, at)
+            for _, offset, what in RECORD.iter_unpack(data[: len(data) // RECORD.size * RECORD.size]):
+                if what in said:
+                    said[what] = offset
+                else:
+                    cut.add(what - _CUT)
+            at += len(data)
+        for channel in self.channels:
+            if channel.number in cut:
+                channel.dropped = 1
+            if channel.size > said[channel.number]:
+                self._say(channel.size, channel.number)

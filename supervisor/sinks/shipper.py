@@ -1,0 +1,173 @@
+"""Ships local copies to the database: one batch of chunks over all attempts at a time.
+
+May import ``model`` and the ports. Called by the log book.
+
+What waits is on disk, not in memory: a shipper knows of each attempt how far the database is and reads on from there.
+So a batch whose outcome is unknown (``StoreUnavailable``) is let go, and the database asked how far it is: that also
+mends a log that a failover set back.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import anyio
+import msgspec
+from anyio import CapacityLimiter, to_thread
+
+from supervisor.model.errors import SessionRefused, StoreUnavailable
+from supervisor.model.job import LeaseId, LogChunk, LogRecord, Stream
+from supervisor.model.logs import encode_records, next_offset
+from supervisor.ports import LogStore
+from supervisor.sinks.local import Cursor, Flag, LocalCopy
+
+BATCH = 1 << 20
+"""Log bytes of a batch, over all attempts."""
+_LEAST = 64 * 1024  # of one attempt in a batch, if it has as much: small chunks cost the database more than they save
+_MOST_LOOKS = 16  # at pages of pieces that are all left out, before others get their turn
+
+log = logging.getLogger(__name__)
+
+
+class Shipment(msgspec.Struct, eq=False):
+    """One attempt on its way to the database.
+
+    ``entries`` are the committed entries of its local copy, told by the pump. ``stored`` is how much the database has
+    (None: to be asked), ``sent`` where the next chunk begins, ``cursor`` how far the copy was looked through: ahead of
+    ``sent`` while pieces are left out. ``is_refused``: the lease is not ours any more; nothing more is shipped.
+    ``is_forgotten``: the attempt was closed.
+    """
+
+    lease: LeaseId
+    job: int
+    attempt: int
+    copy: LocalCopy
+    entries: int = 0
+    stored: int | None = None
+    sent: int = 0
+    cursor: Cursor = msgspec.field(default_factory=lambda: Cursor(0))
+    is_refused: bool = False
+    is_forgotten: bool = False
+
+    @property
+    def is_due(self) -> bool:
+        return not self.is_refused and (self.stored is None or self.cursor.entry < self.entries)
+
+
+class Shipper:
+    def __init__(self, store: LogStore) -> None:
+        self._store = store
+        self._due: dict[LeaseId, Shipment] = {}
+        self._thread = CapacityLimiter(1)
+        self._arrived = anyio.Event()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._due
+
+    @property
+    def has_more(self) -> bool:
+        """Whether more waits than one batch took: no pause then."""
+        return bool(self._due)
+
+    def tell(self, shipment: Shipment, entries: int) -> None:
+        """The local copy has grown, or is new."""
+        shipment.entries = entries
+        if shipment.is_due:
+            self._due[shipment.lease] = shipment
+            self._arrived.set()
+
+    def forget(self, shipment: Shipment) -> None:
+        shipment.is_forgotten = True
+        self._due.pop(shipment.lease, None)
+
+    async def wait(self) -> None:
+        """Until there is something to ship."""
+        while self.is_idle:
+            self._arrived = anyio.Event()
+            await self._arrived.wait()
+
+    async def ship_once(self) -> list[Shipment]:
+        """Ships one batch; the shipments it moved. Raises StoreUnavailable; nothing is lost by that."""
+        await self._ask_sizes()
+        due = [shipment for shipment in self._due.values() if shipment.stored is not None]
+        batch, looked_at = await to_thread.run_sync(_cut_batch, due, limiter=self._thread)
+        for shipment in looked_at:
+            # Turns go round: who was looked at goes behind those that were not.
+            if self._due.pop(shipment.lease, None) is not None and shipment.is_due:
+                self._due[shipment.lease] = shipment
+        if not batch:
+            return []
+        try:
+            answers = await self._store.append_log([chunk for _, chunk in batch])
+        except SessionRefused:
+            answers = [False] * len(batch)
+        except StoreUnavailable:
+            for shipment, _ in batch:
+                if not shipment.is_forgotten:
+                    shipment.stored = None
+                    self._due[shipment.lease] = shipment
+            raise
+        for (shipment, chunk), is_stored in zip(batch, answers, strict=True):
+            if is_stored:
+                shipment.stored = chunk.offset + chunk.length
+            else:
+                shipment.is_refused = True
+                self._due.pop(shipment.lease, None)
+                log.warning("log of job %s attempt %s is not stored: its lease is gone", shipment.job, shipment.attempt)
+        return [shipment for shipment, _ in batch]
+
+    async def _ask_sizes(self) -> None:
+        for shipment in [shipment for shipment in self._due.values() if shipment.stored is None]:
+            size = await self._store.log_size(shipment.job, shipment.attempt)
+            shipment.stored = shipment.sent = size
+            shipment.cursor = Cursor(size)
+
+
+def _cut_batch(shipments: list[Shipment]) -> tuple[list[tuple[Shipment, LogChunk]], list[Shipment]]:
+    """A batch, and the shipments that had their turn. In a thread: reads and compresses."""
+    share = max(_LEAST, BATCH // max(1, len(shipments)))
+    batch: list[tuple[Shipment, LogChunk]] = []
+    room = BATCH
+    for turn, shipment in enumerate(shipments):
+        if room <= 0:
+            return batch, shipments[:turn]
+        before = Cursor(shipment.cursor.offset, shipment.cursor.entry), shipment.sent
+        try:
+            chunk, size = _cut_chunk(shipment, min(share, room))
+        except OSError as error:
+            # One unreadable copy must not hold up the others; it is tried again with each batch.
+            shipment.cursor, shipment.sent = before
+            log.error("log of job %s attempt %s can't be read: %s", shipment.job, shipment.attempt, error)
+            continue
+        room -= size
+        if chunk is not None:
+            batch.append((shipment, chunk))
+    return batch, shipments
+
+
+def _cut_chunk(shipment: Shipment, size: int) -> tuple[LogChunk | None, int]:
+    """The next chunk, of at most ``size`` bytes of data, and how many it has; None if all that is new is left out."""
+    begin = shipment.sent
+    records: list[LogRecord] = []
+    for _ in range(_MOST_LOOKS):
+        pieces = shipment.copy.pieces(shipment.cursor, size, to_store=True)
+        kept = [piece for piece in pieces if Flag.LEFT_OUT not in piece.flags]
+        for piece, data in zip(kept, shipment.copy.read(kept), strict=True):
+            # A mark is stored only where it ends a gap: so the gap's end is known to whoever reads on from it.
+            if data or piece.offset > next_offset(records, begin):
+                records.append(LogRecord(piece.offset, piece.step, Stream(piece.stream), piece.at, data))
+        if records or not pieces:
+            break
+    if not records:
+        return None, 0
+    shipment.sent = next_offset(records, begin)
+    chunk = LogChunk(
+        lease=shipment.lease,
+        job=shipment.job,
+        attempt=shipment.attempt,
+        offset=begin,
+        length=shipment.sent - begin,
+        data=encode_records(records, begin),
+    )
+    return chunk, sum(len(record.data) for record in records)

@@ -1,0 +1,160 @@
+"""Rows of the database as the values that ``ports`` promises, and values as what a statement takes.
+
+Used by the modules of this package that run statements. Column names are those of ``sql/*.sql``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+from uuid import UUID
+
+import asyncpg
+import msgspec
+
+from supervisor.model.job import (
+    AttemptEnd,
+    AttemptRow,
+    JobRow,
+    Lease,
+    LeaseId,
+    Outcome,
+    State,
+    StepRecord,
+    StepState,
+)
+
+Row: TypeAlias = asyncpg.Record
+
+LONGEST_TEXT = 16 * 1024
+
+
+def lease_id(session: UUID, counter: int) -> LeaseId:
+    return LeaseId(session.hex, counter)
+
+
+def storable(text: str | None) -> str | None:
+    """A text as PostgreSQL takes it: no NUL, valid Unicode; an error of a job may be anything, and of any length."""
+    if text is None:
+        return None
+    return text[:LONGEST_TEXT].replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+
+
+def lease_of(row: Row) -> Lease:
+    secrets: dict[str, str] = {}
+    redact: dict[str, str] = {}
+    for name, value, replacement in zip(
+        row["names"] or (), row["values"] or (), row["replacements"] or (), strict=True
+    ):
+        if name is not None:
+            secrets[name] = value
+        else:
+            redact[value] = replacement
+    return Lease(
+        id=lease_id(row["session"], row["counter"]),
+        job=row["job_id"],
+        attempt=row["attempt"],
+        kind=row["kind"],
+        name=row["name"],
+        spec=msgspec.Raw(row["spec"].encode()),
+        secrets=secrets,
+        redact=redact,
+        attempts=row["attempts"],
+        failures=row["failures"],
+        losses=row["losses"],
+        leased_at=row["leased_at"],
+        cpu=row["cpu"],
+        memory=row["memory"],
+        alone=row["alone"],
+    )
+
+
+def job_of(row: Row) -> JobRow:
+    return JobRow(
+        id=row["id"],
+        name=row["name"],
+        kind=row["kind"],
+        state=State(row["state"]),
+        revision=row["revision"],
+        generation=row["generation"],
+        priority=row["priority"],
+        labels=list(row["labels"]),
+        attempt=row["attempt"],
+        attempts=row["attempts"],
+        failures=row["failures"],
+        losses=row["losses"],
+        releases=row["releases"],
+        submitted_at=row["submitted_at"],
+        submitter=row["submitter"],
+        ready_at=row["ready_at"],
+        run_at=row["run_at"],
+        started_at=row["started_at"],
+        ended_at=row["ended_at"],
+        host=row["host"],
+        lease=str(lease_id(row["session"], row["counter"])) if row["session"] is not None else None,
+        exit_code=row["exit_code"],
+        signal=row["signal"],
+        error=row["error"],
+        reason=row["reason"],
+        stop_asked_at=row["stop_asked_at"],
+        parents_left=row["parents_left"],
+        step=row["step"],
+        step_name=row["step_name"],
+        steps_total=row["steps_total"],
+    )
+
+
+def step_of(row: Row) -> StepRecord:
+    return StepRecord(
+        index=row["idx"],
+        name=row["name"],
+        state=StepState(row["state"]),
+        exit_code=row["exit_code"],
+        signal=row["signal"],
+        started_at=row["started_at"],
+        ended_at=row["ended_at"],
+        error=row["error"],
+    )
+
+
+def attempt_of(row: Row, steps: list[StepRecord]) -> AttemptRow:
+    return AttemptRow(
+        job=row["job_id"],
+        attempt=row["attempt"],
+        generation=row["generation"],
+        host=row["host"],
+        lease=str(lease_id(row["session"], row["counter"])),
+        outcome=Outcome(row["outcome"]) if row["outcome"] is not None else None,
+        exit_code=row["exit_code"],
+        signal=row["signal"],
+        error=row["error"],
+        reason=row["reason"],
+        started_at=row["started_at"],
+        ended_at=row["ended_at"],
+        log_bytes=row["log_bytes"],
+        steps=steps,
+    )
+
+
+def steps_json(steps: Iterable[tuple[LeaseId, StepRecord]]) -> str:
+    """Steps for ``jsonb_to_recordset``; of several records of one step the last."""
+    last = {
+        (lease, step.index): {
+            "session": lease.session,
+            "counter": lease.counter,
+            "index": step.index,
+            "name": storable(step.name),
+            "state": step.state.value,
+            "exit_code": step.exit_code,
+            "signal": step.signal,
+            "started_at": step.started_at,
+            "ended_at": step.ended_at,
+            "error": storable(step.error),
+        }
+        for lease, step in steps
+    }
+    return msgspec.json.encode(list(last.values())).decode()
+
+
+def steps_of_ends(ends: Sequence[AttemptEnd]) -> str:
+    return steps_json((end.lease, step) for end in ends for step in end.steps)

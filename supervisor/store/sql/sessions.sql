@@ -1,0 +1,76 @@
+-- name: open_session
+-- Begins a session; its id and incarnation are the caller's.
+INSERT INTO bsup.session (id, incarnation, epoch, host, labels, slots, cpu, memory, version, machine_id, boot_id, pid, term,
+                          started_at, renewed_at, expires_at)
+SELECT $1, $2, 1, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, t.now, t.now, t.now + make_interval(secs => $12)
+FROM (SELECT bsup.clock() AS now) t
+RETURNING epoch;
+
+-- name: resume_session
+-- Compare-and-swap of the incarnation ($2 to $3) of a session that has not expired. A repeat of a swap that was made, but
+-- whose answer was lost, finds $3 there. The epoch rises each time: nobody makes a lease id that another one made.
+UPDATE bsup.session s
+SET incarnation = $3, epoch = s.epoch + 1, host = $4, labels = $5, slots = $6,
+    cpu = $7, memory = $8, version = $9, machine_id = $10, boot_id = $11, pid = $12, term = $13, idle = false,
+    renewed_at = bsup.clock(), expires_at = bsup.clock() + make_interval(secs => $13)
+WHERE s.id = $1 AND s.incarnation IN ($2, $3) AND s.dead_at IS NULL AND s.expires_at > bsup.clock()
+RETURNING s.epoch;
+
+-- name: renew
+-- Renews a session, whether or not it has expired, if no reaper has taken it; no row: it is gone. Says what it holds.
+WITH me AS (
+    UPDATE bsup.session s
+    SET term = $3, draining = $4, renewed_at = bsup.clock(), expires_at = bsup.clock() + make_interval(secs => $3)
+    WHERE s.id = $1 AND s.incarnation = $2 AND s.dead_at IS NULL
+    RETURNING s.id
+)
+SELECT h.count, h.checksum, h.stop_counters, h.stop_jobs, h.stop_graces, h.stop_kills, h.stop_by
+FROM me
+CROSS JOIN LATERAL (
+    SELECT count(*) AS count, coalesce(bit_xor(l.counter), 0) AS checksum,
+           array_agg(l.counter ORDER BY l.counter) FILTER (WHERE l.stop_at IS NOT NULL) AS stop_counters,
+           array_agg(l.job_id ORDER BY l.counter) FILTER (WHERE l.stop_at IS NOT NULL) AS stop_jobs,
+           array_agg(l.stop_grace ORDER BY l.counter) FILTER (WHERE l.stop_at IS NOT NULL) AS stop_graces,
+           array_agg(l.stop_kill ORDER BY l.counter) FILTER (WHERE l.stop_at IS NOT NULL) AS stop_kills,
+           array_agg(coalesce(l.stop_by, '') ORDER BY l.counter) FILTER (WHERE l.stop_at IS NOT NULL) AS stop_by
+    FROM bsup.lease l WHERE l.session = $1
+) h;
+
+-- name: stop_orders
+-- The stops asked of a session's jobs, after one row that says that the session is held.
+SELECT l.counter, l.job_id, l.stop_grace, l.stop_kill, coalesce(l.stop_by, '') AS stop_by
+FROM bsup.session s
+LEFT JOIN bsup.lease l ON l.session = s.id AND l.stop_at IS NOT NULL
+WHERE s.id = $1 AND s.incarnation = $2
+ORDER BY l.counter;
+
+-- name: leases
+-- All that a session holds, with what is needed to run it; one row of nulls if it holds nothing, none if it is not held.
+SELECT l.session, l.counter, l.job_id, l.attempt, l.failures, l.losses, l.leased_at, l.cpu, l.memory, l.alone,
+       n.kind, j.name, j.spec::text AS spec, j.attempts, x.names, x.values, x.replacements
+FROM bsup.session s
+LEFT JOIN bsup.lease l ON l.session = s.id
+LEFT JOIN bsup.job j ON j.id = l.job_id
+LEFT JOIN bsup.need n ON n.id = l.need_id
+LEFT JOIN LATERAL (
+    SELECT array_agg(v.name) AS names, array_agg(v.value) AS values, array_agg(v.replacement) AS replacements
+    FROM bsup.job_secret v WHERE v.job_id = l.job_id
+) x ON true
+WHERE s.id = $1 AND s.incarnation = $2
+ORDER BY l.counter;
+
+-- name: close_session
+-- Ends a session; leases left are released. Returns how many could not be.
+SELECT bsup.close_session($1, $2);
+
+-- name: pulse
+-- The database's sign of life; see bsup.beat.
+SELECT bsup.beat($1);
+
+-- name: reap
+-- One pass of the reaper; see bsup.reap.
+SELECT requeued, failed, sessions, promoted, reap_not_before FROM bsup.reap($1);
+
+-- name: sweep
+-- Deletes jobs past their retention.
+SELECT bsup.sweep($1, $2);

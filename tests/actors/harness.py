@@ -1,0 +1,95 @@
+"""A daemon of fakes: the real root and actors on a ``FakeHost`` and a ``FakeStore``; starts, dies and ends as told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+from supervisor.actors.keeper import Terms
+from supervisor.actors.root import Addresses, Parts, RootConfig, run_root
+from supervisor.mailbox import Lane
+from supervisor.messages import Reconfigure, Terminate
+from supervisor.model.job import HostInfo
+from supervisor.model.policies import Capacity
+from tests.actors.fake_store import FakeStore
+from tests.actors.fakes import FakeHost, FakeNotifier, FakeSink
+
+TERMS = Terms(renew=10.0, term=180.0, margin=15.0)
+
+
+class Quiet:
+    """A control actor that nobody calls."""
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+
+class Daemon:
+    def __init__(
+        self,
+        store: FakeStore,
+        host: FakeHost,
+        *,
+        slots: int = 4,
+        cpu: float | None = None,
+        drain: float | None = 600.0,
+        seed: int = 0,
+        control: Callable[[], Any] = Quiet,
+    ) -> None:
+        self.store = store
+        self.host = host
+        self.sink = FakeSink()
+        self.notifier = FakeNotifier()
+        self.reloads = 0
+        self.at = Addresses()
+        self._config = RootConfig(
+            host=HostInfo("h", (), slots, cpu, None, "1", "m", "b", 1),
+            limits=Reconfigure(Capacity(slots, cpu), (), 1.0, 10.0),
+            terms=TERMS,
+            drain=drain,
+        )
+        self._parts = Parts(
+            store=store,  # type: ignore[arg-type]  # the calls of users and readers are not faked: no actor here makes them
+            session_file=host,
+            fence=host,
+            runners={"steps": host},
+            sink=self.sink,
+            notifier=self.notifier,
+            control=control,
+            reload=self._reload,
+            rng=Random(seed),
+        )
+        self.task: asyncio.Task[int] | None = None
+
+    async def _reload(self) -> dict[str, Any]:
+        self.reloads += 1
+        return {"host.slots": 2}
+
+    def start(self) -> Daemon:
+        self.task = asyncio.create_task(run_root(self._config, self._parts, self.at))
+        return self
+
+    async def die(self) -> None:
+        """kill -9: no last words. What the host runs goes on."""
+        assert self.task is not None
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+    def terminate(self, detach: bool = False) -> None:
+        self.at.root.tell(Terminate(detach), Lane.CONTROL)
+
+    async def end(self) -> int:
+        assert self.task is not None
+        return await self.task
+
+
+async def until(condition: Callable[[], bool], within: float = 3600.0) -> float:
+    """Virtual seconds until it holds. Looks every 50 ms of virtual time."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while not condition():
+        assert loop.time() - began < within, "it did not come to hold"
+        await asyncio.sleep(0.05)
+    return loop.time() - began

@@ -1,0 +1,93 @@
+"""session.json and the lock of a state directory, on a real disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from supervisor.model.job import Me
+from supervisor.runners.session_file import StateDirectoryTaken, StateSessionFile, lock_state
+
+pytestmark = pytest.mark.anyio
+
+ME = Me("a" * 32, "b" * 32, 3)
+
+
+async def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    file = StateSessionFile(tmp_path, "machine", "boot")
+    assert await file.load() is None
+    await file.save(ME)
+    found = await file.load()
+    assert found is not None
+    assert (found.session, found.incarnation, found.epoch, found.next_incarnation) == (*_fields(ME), None)
+    assert found.same_boot
+    assert (tmp_path / "session.json").stat().st_mode & 0o777 == 0o600
+    assert names(tmp_path) == ["session.json"]
+
+
+async def test_another_boot_is_told_until_the_take_up_is_done(tmp_path: Path) -> None:
+    """A daemon that dies in the middle of the take-up must not make the next one believe that nothing was booted."""
+    await StateSessionFile(tmp_path, "machine", "boot 1").save(ME)
+    file = StateSessionFile(tmp_path, "machine", "boot 2")
+    for _ in range(2):
+        found = await file.load()
+        assert found is not None and not found.same_boot
+        await file.save(ME, next_incarnation="c" * 32)
+    await file.save(ME)
+    found = await file.load()
+    assert found is not None and found.same_boot and found.next_incarnation is None
+
+
+async def test_state_of_another_machine_is_set_aside(tmp_path: Path) -> None:
+    await StateSessionFile(tmp_path, "machine", "boot").save(ME)
+    other = StateSessionFile(tmp_path, "clone", "boot")
+    assert await other.load() is None
+    assert names(tmp_path) == ["session.foreign.0.json"]
+    await StateSessionFile(tmp_path, "machine", "boot").save(ME)
+    assert await other.load() is None
+    assert names(tmp_path) == ["session.foreign.0.json", "session.foreign.1.json"]
+
+
+async def test_a_copied_directory_is_foreign_too(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    first.mkdir()
+    await StateSessionFile(first, "machine", "boot").save(ME)
+    shutil.copytree(first, tmp_path / "copy")
+    assert await StateSessionFile(tmp_path / "copy", "machine", "boot").load() is None
+    assert await StateSessionFile(first, "machine", "boot").load() is not None
+
+
+async def test_garbage_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "session.json").write_text("{")
+    assert await StateSessionFile(tmp_path, "machine", "boot").load() is None
+    assert names(tmp_path) == ["session.unreadable.0.json"]
+
+
+def test_one_daemon_a_state_directory(tmp_path: Path) -> None:
+    lock = lock_state(tmp_path)
+    with pytest.raises(StateDirectoryTaken, match="another bsup daemon"):
+        lock_state(tmp_path)
+    lock.release()
+    lock.release()
+    lock_state(tmp_path).release()
+
+
+def test_no_child_inherits_the_lock(tmp_path: Path) -> None:
+    lock = lock_state(tmp_path)
+    with subprocess.Popen(["sleep", "60"], close_fds=False) as child:
+        lock.release()
+        lock_state(tmp_path).release()
+        child.kill()
+    assert os.path.exists(tmp_path / "lock")
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def _fields(me: Me) -> tuple[str, str, int]:
+    return me.session, me.incarnation, me.epoch

@@ -1,0 +1,73 @@
+"""The shepherd itself is killed: the next one ends what was left, keeps its output, and says that the ends are lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+from yard import Ended, Yard, end, is_alive
+
+
+@pytest.fixture(params=[pytest.param(True, marks=pytest.mark.root, id="uids"), pytest.param(False, id="shared")])
+def unchecked(request: pytest.FixtureRequest, make_yard: Callable[..., Yard]) -> Yard:
+    yard = make_yard(with_uids=request.param)
+    yard.launch()
+    return yard
+
+
+def kill_shepherd(yard: Yard) -> None:
+    yard.link.close()
+    end(yard.pid, signal.SIGKILL)
+
+
+def test_main_processes_die_with_it_and_their_children_at_the_next_start(unchecked: Yard) -> None:
+    yard = unchecked
+    step = yard.start(
+        "trap '' TERM; echo $$ > $WORDS;"
+        "setsid sh -c 'echo $$ > $WORDS; echo from the child; echo > $WORDS; sleep 1000' & while :; do sleep 1000; done"
+    )
+    pids = [int(word) for word in (yard.word(), yard.word(), yard.word()) if word]
+    kill_shepherd(yard)
+    yard.launch()
+    assert not any(is_alive(pid) for pid in pids)
+    ended = Ended(step)
+    assert ended.exit is None
+    assert ended.closed["gone"] is True
+    assert ended.out == b"from the child\n"
+    assert not (step / "fifo.out").exists()
+    assert yard.link.ask(do="start", dir=str(step))["again"] is True, "it may have run: it never starts again"
+    assert yard.run("echo next", index=1).out == b"next\n"
+
+
+def test_a_step_that_was_closed_is_left_as_it_is(unchecked: Yard) -> None:
+    before = unchecked.run("echo hi; exit 3")
+    kill_shepherd(unchecked)
+    unchecked.launch()
+    assert Ended(before.step).closed == before.closed
+
+
+def test_a_claim_without_a_start_is_closed_as_gone(unchecked: Yard) -> None:
+    unchecked.workspace()
+    step = unchecked.write_step("true")
+    (step / "claim").touch()
+    (step / "idx").touch()
+    kill_shepherd(unchecked)
+    unchecked.launch()
+    assert Ended(step).closed["gone"] is True
+
+
+def test_output_that_was_not_yet_indexed_is(unchecked: Yard) -> None:
+    ended = unchecked.run("echo 1; sleep 0.1; echo 2")
+    (ended.step / "closed").unlink()
+    (ended.step / "exit").unlink()
+    for name in ("fifo.out", "fifo.err"):
+        os.mkfifo(ended.step / name)
+    index = ended.step / "idx"
+    index.write_bytes(index.read_bytes()[:17] + b"torn")
+    kill_shepherd(unchecked)
+    unchecked.launch()
+    mended = Ended(ended.step)
+    assert mended.out == b"1\n2\n"
+    assert [(offset, what) for _, offset, what in mended.index] == [(2, 1), (4, 1)]
