@@ -117,7 +117,9 @@ def _chosen(args: Namespace, terminal: Terminal, daemon: Connection, verb: str, 
     found = _matching(daemon, filters(args), fitting)
     if not found:
         states = ", ".join(state for state in State if state in fitting)
-        raise CommandError(f"no job to {verb} matches", f"only jobs that are {states} can be meant", Exit.NOTHING)
+        raise CommandError(
+            f"no job to {verb} matches", f"filters of `{verb}` mean jobs that are {states}", Exit.NOTHING
+        )
     if not args.yes:
         _preview(terminal, verb, found)
     return [job.id for job in found]

@@ -110,7 +110,7 @@ COMMANDS: tuple[Command, ...] = (
         (
             _ID,
             _FOLLOW,
-            Argument(("--step",), "only this step: its name, or its index from 0", "text", "S"),
+            Argument(("--step",), "only this step: its name, or its number in `bsup show`, from 1", "text", "S"),
             Argument(("--stream",), "only this stream", "text", "out|err", None, ("out", "err")),
             Argument(("--attempt",), "this attempt (default: the last)", "int", "N"),
             Argument(("--since-offset",), "from this byte of the attempt's log on", "int", "B"),
@@ -150,7 +150,13 @@ COMMANDS: tuple[Command, ...] = (
         f"{_BULK} Ends 3 where nothing was left to stop.",
     ),
     Command(
-        "retry", "Jobs", "run failed or canceled jobs again", "bulk", "retry", (_MAYBE_IDS, *_BULK_FILTERS, _YES), _BULK
+        "retry",
+        "Jobs",
+        "run jobs that are over again",
+        "bulk",
+        "retry",
+        (_MAYBE_IDS, *_BULK_FILTERS, _YES),
+        f"{_BULK} Filters mean only those that failed or were canceled.",
     ),
     Command(
         "delete",

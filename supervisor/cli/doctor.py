@@ -15,7 +15,7 @@ from supervisor.cli.connection import Connection
 from supervisor.cli.exits import CommandError, Exit
 from supervisor.cli.findings import Finding, Level
 from supervisor.cli.terminal import Terminal
-from supervisor.cli.text import plural, safe
+from supervisor.cli.text import plural
 from supervisor.model.errors import BsupError
 from supervisor.model.settings import Settings
 from supervisor.protocol import StatusParams, StatusReply
@@ -97,6 +97,6 @@ def _say(terminal: Terminal, finding: Finding) -> None:
         terminal.object(finding)
         return
     mark = terminal.paint(f"{finding.level:<4}", _MARK[finding.level])
-    terminal.line(f"{mark}  {finding.check:<10} {safe(finding.text)}")
+    terminal.item(f"{mark}  {finding.check:<10} ", finding.text, 17)
     if finding.mend and finding.level is not Level.OK:
-        terminal.line(f"                 {terminal.paint('→', 'cyan')} {safe(finding.mend)}")
+        terminal.item(f"                 {terminal.paint('→', 'cyan')} ", finding.mend, 19)

@@ -50,7 +50,7 @@ def status(args: Namespace, terminal: Terminal) -> int:
     facts.append(("daemon", f"bsup {view.version}, pid {view.pid}, up {duration(view.uptime)}"))
     for label, text in facts:
         if text:
-            terminal.line(f"  {terminal.paint(f'{label:<10}', 'dim')} {safe(text)}")
+            terminal.item(f"  {terminal.paint(f'{label:<10}', 'dim')} ", text, 13)
     return Exit.OK
 
 
@@ -62,7 +62,7 @@ def _headline(terminal: Terminal, view: StatusView) -> None:
     count = plural(len(view.problems), "thing is", "things are") if view.problems else "something is"
     terminal.line(f"{host}: {terminal.paint(f'{count} wrong', 'red')}")
     for problem in view.problems:
-        terminal.line(f"  {terminal.paint('!', 'red')} {safe(problem)}")
+        terminal.item(f"  {terminal.paint('!', 'red')} ", problem, 4)
 
 
 def _slots(view: StatusView) -> str:

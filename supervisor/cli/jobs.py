@@ -102,7 +102,7 @@ def show(args: Namespace, terminal: Terminal) -> int:
     job = reply.job
     terminal.line(f"{terminal.paint(f'job {job.id}', 'bold')} {safe(job.name)} · {_state_line(terminal, job)}")
     for label, text in _facts(reply):
-        terminal.line(f"  {terminal.paint(f'{label:<11}', 'dim')} {safe(text)}")
+        terminal.item(f"  {terminal.paint(f'{label:<11}', 'dim')} ", text, 14)
     if reply.attempts:
         _attempt(terminal, reply.attempts[-1])
         for earlier in reversed(reply.attempts[:-1]):

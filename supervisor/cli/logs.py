@@ -8,7 +8,7 @@ from typing import Any
 from supervisor.cli.exits import Exit
 from supervisor.cli.follow import LogView, Watch, follow_log
 from supervisor.cli.terminal import Terminal
-from supervisor.model.errors import BsupError
+from supervisor.model.errors import InvalidInput, StoreUnavailable
 from supervisor.protocol import LogsParams, LogStream, ShowParams, ShowReply
 
 
@@ -17,7 +17,7 @@ def logs(args: Namespace, terminal: Terminal) -> int:
     params = LogsParams(
         id=args.id,
         attempt=args.attempt,
-        step=args.step,
+        step=None if args.step is None else _step(watch, args.id, args.step),
         stream=None if args.stream is None else LogStream(args.stream),
         offset=args.since_offset or 0,
         follow=args.follow,
@@ -40,14 +40,29 @@ def logs(args: Namespace, terminal: Terminal) -> int:
     return Exit.OK
 
 
+def _step(watch: Watch, job: int, asked: str) -> str:
+    """What the daemon calls the step: its name, or its index, which counts from 0 where people see 1/3, 2/3, 3/3."""
+    if not (asked.isascii() and asked.isdigit()):
+        return asked
+    try:
+        spec = watch.call("Show", ShowParams(id=job), ShowReply).spec
+    except StoreUnavailable:
+        spec = {}
+    names = [step.get("name") for step in spec.get("steps", ())]
+    if asked in names:
+        return asked
+    number, count = int(asked), count_steps(spec)
+    if number < 1 or (count is not None and number > count):
+        raise InvalidInput("step", f"job {job} has no step {asked}", "a step's name, or its number from 1")
+    return str(number - 1)
+
+
 def _steps_of(watch: Watch, job: int) -> int | None:
     """How many steps the job's attempts have; None while nobody can say."""
     try:
         return count_steps(watch.call("Show", ShowParams(id=job), ShowReply).spec)
-    except BsupError as error:
-        if type(error).__name__ == "StoreUnavailable":
-            return None
-        raise
+    except StoreUnavailable:
+        return None
 
 
 def count_steps(spec: dict[str, Any]) -> int | None:

@@ -41,7 +41,7 @@ null: not known, or not so.
 
 | command | an object is |
 |---|---|
-| `submit` | `id`; with `--follow` the lines of `logs`, and with `--follow` or `--wait` at last the job |
+| `submit` | first `id`; then with `--follow` the lines of `logs`; with it or `--wait` at last the job |
 | `ps`, `wait`, `retry` | a job: at least `id`, `name`, `kind`, `state`, `exit_code` |
 | `show` | a job, and `spec`, `parents`, `children`, `attempt_list` |
 | `attempts` | an attempt: `id` (of the job), `attempt`, `outcome`, `exit_code`, `steps` … |

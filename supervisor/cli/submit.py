@@ -42,7 +42,7 @@ def submit(args: Namespace, terminal: Terminal) -> int:
         job = daemon.call("Submit", params, SubmitReply).id
     if not args.json:
         terminal.line(str(job))
-    elif not args.follow and not args.wait:
+    else:
         terminal.object({"id": job})
     terminal.out.flush()
     if args.follow or args.wait:

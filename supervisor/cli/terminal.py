@@ -11,7 +11,7 @@ import os
 import sys
 from typing import IO, Any, TextIO
 
-from supervisor.cli.text import clip, safe
+from supervisor.cli.text import clip, fold, safe
 
 STYLES = {
     "bold": "1",
@@ -101,6 +101,12 @@ class Terminal:
     def line(self, text: str = "") -> None:
         self.text(text + "\n")
 
+    def item(self, head: str, text: str, indent: int) -> None:
+        """A line that begins with ``head`` (``indent`` columns wide); on a terminal what is too long goes on below,
+        indented.
+        """
+        self.line(head + _hanging(safe(text), self.width, indent))
+
     def object(self, value: object) -> None:
         """One line of JSON."""
         import msgspec
@@ -128,21 +134,23 @@ class Terminal:
         """A remark about what happens."""
         self.clear_live()
         self._flush_out()
-        self.err.write(_painted(text, style, self._colour_err) + "\n")
+        # What stands in columns, or fits, is left alone.
+        lines = [line if line.startswith(" ") else _hanging(line, self._err_width, 0) for line in text.split("\n")]
+        self.err.write(_painted("\n".join(lines), style, self._colour_err) + "\n")
         self.err.flush()
 
     def error(self, message: str, hint: str = "") -> None:
         self.clear_live()
         self._flush_out()
-        self.err.write(f"bsup: {_painted('error:', 'red', self._colour_err)} {safe(message)}\n")
+        self.err.write(f"bsup: {_painted('error:', 'red', self._colour_err)} {self._below(message, 13)}\n")
         if hint:
-            self.err.write(f"      {_painted('hint:', 'cyan', self._colour_err)} {safe(hint)}\n")
+            self.err.write(f"      {_painted('hint:', 'cyan', self._colour_err)} {self._below(hint, 12)}\n")
         self.err.flush()
 
     def warn(self, message: str) -> None:
         self.clear_live()
         self._flush_out()
-        self.err.write(f"bsup: {_painted('warning:', 'yellow', self._colour_err)} {safe(message)}\n")
+        self.err.write(f"bsup: {_painted('warning:', 'yellow', self._colour_err)} {self._below(message, 15)}\n")
         self.err.flush()
 
     def ask(self, question: str) -> bool:
@@ -172,6 +180,13 @@ class Terminal:
         self.out.flush()
         self.err.flush()
 
+    def _below(self, text: str, indent: int) -> str:
+        return _hanging(safe(text), self._err_width, indent)
+
+    @property
+    def _err_width(self) -> int | None:
+        return _columns(self.err) if self.is_live else None
+
     def _flush_out(self) -> None:
         # Both streams may be one terminal: what was printed first must be seen first.
         self.out.flush()
@@ -186,6 +201,13 @@ def _columns(stream: TextIO) -> int:
         return max(40, os.get_terminal_size(stream.fileno()).columns or 80)
     except (OSError, ValueError):
         return 80
+
+
+def _hanging(text: str, width: int | None, indent: int) -> str:
+    """The text folded beside ``indent`` columns that are taken; as it is where no terminal shows it."""
+    if width is None:
+        return text
+    return ("\n" + " " * indent).join(fold(text, max(20, width - indent)))
 
 
 def _painted(text: str, style: str | None, colour: bool) -> str:

@@ -46,6 +46,21 @@ def clip(text: str, width: int) -> str:
     return "".join(kept).rstrip() + "…" if width > 0 else ""
 
 
+def fold(text: str, width: int) -> list[str]:
+    """The text in lines of at most ``width`` columns, broken between words; a word that is wider stays whole, so that
+    a path can be copied.
+    """
+    first, *others = text.split(" ")
+    lines = [first]
+    for word in others:
+        longer = f"{lines[-1]} {word}"
+        if width_of(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
 def duration(seconds: float | None) -> str:
     """A duration in its two largest units: ``12.3s``, ``3m12s``, ``1h05m``, ``2d04h``; a dash for None."""
     if seconds is None:

@@ -45,7 +45,8 @@ def end_line(terminal: Terminal, job: JobView) -> str:
     if job.duration is not None:
         text += f" after {duration(job.duration)}"
     if job.state != "succeeded":
-        if end := views.end_of(job.exit_code, job.signal):
+        end = views.end_of(job.exit_code, job.signal)
+        if end and not (job.error or "").endswith(end):
             text += f", {end}"
         if job.error:
             text += f": {safe(job.error)}"

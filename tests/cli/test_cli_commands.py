@@ -178,7 +178,9 @@ def test_submit_wait_mirrors_too(bsup: Bsup, daemon: FakeDaemon) -> None:
     daemon.answers["Wait"] = replies(JobReply(job=job(7, State.FAILED)))
     assert bsup("submit", "-", "--wait", stdin=json.dumps(HI).encode()).code == 5
     done = bsup("submit", "-", "--wait", "--json", stdin=json.dumps(HI).encode())
-    assert [(o["id"], o["state"], o["exit_code"]) for o in done.objects] == [(7, "failed", 5)]
+    first, last = done.objects
+    assert first == {"id": 7}
+    assert (last["id"], last["state"], last["exit_code"]) == (7, "failed", 5)
 
 
 def test_logs_go_on_where_they_were_when_the_daemon_restarts(bsup: Bsup, daemon: FakeDaemon) -> None:
@@ -217,6 +219,25 @@ def test_raw_leaves_notes_out_and_plain_keeps_them(bsup: Bsup, daemon: FakeDaemo
     bsup("logs", 7, "--step", "test", "--stream", "err", "--attempt", 2, "--since-offset", 10)
     asked = daemon.asked("Logs")[-1]
     assert (asked.step, asked.stream, asked.attempt, asked.offset) == ("test", "err", 2, 10)
+
+
+@pytest.mark.parametrize(("typed", "sent"), [("1", "0"), ("3", "2"), ("2024", "2024"), ("build", "build")])
+def test_a_steps_number_is_the_one_that_lists_show(bsup: Bsup, daemon: FakeDaemon, typed: str, sent: str) -> None:
+    """Lists count steps from 1, the protocol from 0; a step that is called like a number goes by its name."""
+    spec = {"repository": {"url": "/r", "commit": "c0"}, "steps": [{"name": "build"}, {"name": "2024"}]}
+    daemon.answers["Show"] = replies(shown(job(7), spec=spec))
+    daemon.answers["Logs"] = replies(LogsReply(end=end(0)))
+    assert bsup("logs", 7, "--step", typed).code == 0
+    assert daemon.asked("Logs")[-1].step == sent
+    for beyond in ("0", "4"):
+        assert bsup("logs", 7, "--step", beyond).code == 2
+
+
+def test_a_steps_number_is_known_without_the_database(bsup: Bsup, daemon: FakeDaemon) -> None:
+    daemon.answers["Show"] = fails(StoreUnavailable("away"))
+    daemon.answers["Logs"] = replies(LogsReply(end=end(0)))
+    assert bsup("logs", 7, "--step", "2").code == 0
+    assert daemon.asked("Logs")[-1].step == "1"
 
 
 def test_wait_ends_as_the_first_in_order_that_failed(bsup: Bsup, daemon: FakeDaemon) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor.cli.table import Cell, Column, render
-from supervisor.cli.text import age, clip, duration, safe, width_of
+from supervisor.cli.text import age, clip, duration, fold, safe, width_of
 from supervisor.model.job import State
 from supervisor.protocol import JobReply, LogsReply, LogStream, StopReply, SubmitReply
 
@@ -75,7 +75,7 @@ def test_follow_shows_headers_notes_steps_and_the_end(daemon: FakeDaemon, tmp_pa
         "[bsup: a note]",
         "",
     ]
-    assert text.splitlines()[-1] == "job 7 job-7: failed after 2.0s, exit code 5: step build: exit code 5"
+    assert text.splitlines()[-1] == "job 7 job-7: failed after 2.0s: step build: exit code 5"
     assert re.search(r"2 +build +failed +1m02s +5", text)
 
 
@@ -193,3 +193,30 @@ def test_stop_asks_on_a_terminal(daemon: FakeDaemon) -> None:
         assert process.wait(30) == code
         os.close(primary)
         assert len(daemon.asked("Stop")) == stops
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_sentences_are_folded_below_themselves(daemon: FakeDaemon, columns: int) -> None:
+    problem = "the database has been away since this morning, " * 3 + "and that is all"
+    daemon.answers["Status"] = lambda params: [status(problem)]
+    _, text = on_terminal("status", "--socket", str(daemon.path), columns=columns, environ={"NO_COLOR": "1"})
+    lines = text.splitlines()
+    assert max(width_of(line) for line in lines) <= columns
+    at = next(i for i, line in enumerate(lines) if line.startswith("  ! "))
+    assert lines[at + 1].startswith("    ")
+    assert problem in " ".join(line.strip(" !") for line in lines[at:])
+
+
+def test_an_error_is_folded_below_itself(tmp_path: Path) -> None:
+    socket = tmp_path / "nobody.sock"
+    code, text = on_terminal("status", "--socket", str(socket), columns=60, environ={"NO_COLOR": "1"})
+    assert code == 6
+    assert str(socket) in text
+    assert any(line.startswith(" " * 12) for line in text.splitlines())
+
+
+@given(st.text(), st.integers(1, 30))
+def test_folding_loses_nothing(text: str, width: int) -> None:
+    lines = fold(text, width)
+    assert " ".join(lines) == text
+    assert all(width_of(line) <= width or " " not in line.strip(" ") for line in lines)
