@@ -25,6 +25,7 @@ from supervisor.actors import control_parts
 from supervisor.actors.control import ControlActor
 from supervisor.actors.control_connection import Limits
 from supervisor.actors.control_peers import Roles
+from supervisor.actors.control_socket import Listener, listen
 from supervisor.actors.keeper import Terms
 from supervisor.actors.root import Addresses, Parts, RootConfig, run_root
 from supervisor.mailbox import Lane
@@ -154,9 +155,19 @@ class _Daemon:
         self._secrets = secrets
         self._read_settings = reload
         self._addresses = Addresses()
+        self._listener: Listener | None = None
 
     async def run(self) -> int:
         settings = self._settings
+        # Before anything else is begun: where another daemon listens, this one must not take a session and jobs first.
+        self._listener = listen(settings.control.socket)
+        try:
+            return await self._run(settings)
+        finally:
+            if self._listener is not None:
+                self._listener.close()
+
+    async def _run(self, settings: Settings) -> int:
         is_embedded = settings.database.dsn == "embedded"
         dsn = settings.database.dsn
         if is_embedded:
@@ -253,7 +264,11 @@ class _Daemon:
                 max_connections_per_uid=settings.max_connections_per_uid,
             ),
         )
-        actor.listen(settings.socket)
+        if self._listener is not None:
+            actor.serve(self._listener)
+            self._listener = None
+        else:
+            actor.listen(settings.socket)
         return actor
 
     def _roles(self) -> Roles:

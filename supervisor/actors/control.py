@@ -67,6 +67,10 @@ class ControlActor:
         """Raises SocketTaken, InvalidInput or OSError."""
         self._listener = listen(path, mode)
 
+    def serve(self, listener: Listener) -> None:
+        """Takes a socket that is listened on already."""
+        self._listener = listener
+
     def inherit(self, fd: int) -> None:
         """Takes a socket that the service manager listens on. Raises InvalidInput."""
         self._listener = inherit(fd)

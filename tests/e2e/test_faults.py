@@ -145,3 +145,16 @@ def test_jobs_go_on_while_the_database_is_away(short_dir: Path) -> None:
             daemon.kill()
         daemon.end_shepherd()
         embedded.stop(server)
+
+
+def test_a_daemon_whose_socket_is_taken_begins_nothing(daemons: Start, short_dir: Path) -> None:
+    """It says so in a line and ends; it takes no session, and so no jobs that it could not answer for."""
+    first = daemons("a")
+    second = Daemon(short_dir, first.dsn, name="b")
+    second.socket = first.socket
+    assert second.start(ready=False).process is not None
+    assert second.process is not None
+    assert second.process.wait(60) == 1
+    assert second.tail().count("\n") <= 2
+    assert f"another bsup daemon listens on {first.socket}" in second.tail()
+    assert [host["name"] for host in first.cli.lines("hosts")] == ["a"]
