@@ -104,7 +104,7 @@ class LogBook:
         self._by_attempt: dict[tuple[int, int], _OpenLog] = {}
         self._watched: dict[LeaseId, _OpenLog] = {}
         self._told = anyio.Event()
-        self._shipper = Shipper(store)
+        self._shipper = Shipper(store, self._on_moved)
         self._files = LogFiles(self._path_of)
         self._pump_thread = CapacityLimiter(1)
         self._file_threads = CapacityLimiter(4)
@@ -292,11 +292,11 @@ class LogBook:
 
     async def ship_once(self) -> bool:
         """Ships a batch; whether there was one. Raises StoreUnavailable."""
-        moved = await self._shipper.ship_once()
-        for shipment in moved:
-            if entry := self._open.get(shipment.lease):
-                entry.tell()
-        return bool(moved)
+        return await self._shipper.ship_once()
+
+    def _on_moved(self, shipment: Shipment) -> None:
+        if entry := self._open.get(shipment.lease):
+            entry.tell()
 
     # --- files -----------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ mends a log that a failover set back.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import anyio
 import msgspec
@@ -55,8 +56,12 @@ class Shipment(msgspec.Struct, eq=False):
 
 
 class Shipper:
-    def __init__(self, store: LogStore) -> None:
+    """``on_moved`` is told of a shipment of which more is known than before: how much is stored, or that it is
+    refused."""
+
+    def __init__(self, store: LogStore, on_moved: Callable[[Shipment], None]) -> None:
         self._store = store
+        self._on_moved = on_moved
         self._due: dict[LeaseId, Shipment] = {}
         self._thread = CapacityLimiter(1)
         self._arrived = anyio.Event()
@@ -87,8 +92,8 @@ class Shipper:
             self._arrived = anyio.Event()
             await self._arrived.wait()
 
-    async def ship_once(self) -> list[Shipment]:
-        """Ships one batch; the shipments it moved. Raises StoreUnavailable; nothing is lost by that."""
+    async def ship_once(self) -> bool:
+        """Ships one batch; whether there was one. Raises StoreUnavailable; nothing is lost by that."""
         await self._ask_sizes()
         due = [shipment for shipment in self._due.values() if shipment.stored is not None]
         batch, looked_at = await to_thread.run_sync(_cut_batch, due, limiter=self._thread)
@@ -97,7 +102,7 @@ class Shipper:
             if self._due.pop(shipment.lease, None) is not None and shipment.is_due:
                 self._due[shipment.lease] = shipment
         if not batch:
-            return []
+            return False
         try:
             answers = await self._store.append_log([chunk for _, chunk in batch])
         except SessionRefused:
@@ -115,13 +120,16 @@ class Shipper:
                 shipment.is_refused = True
                 self._due.pop(shipment.lease, None)
                 log.warning("log of job %s attempt %s is not stored: its lease is gone", shipment.job, shipment.attempt)
-        return [shipment for shipment, _ in batch]
+            self._on_moved(shipment)
+        return True
 
     async def _ask_sizes(self) -> None:
         for shipment in [shipment for shipment in self._due.values() if shipment.stored is None]:
             size = await self._store.log_size(shipment.job, shipment.attempt)
             shipment.stored = shipment.sent = size
             shipment.cursor = Cursor(size)
+            # That may be all there is: then no chunk follows, and nothing else would tell.
+            self._on_moved(shipment)
 
 
 def _cut_batch(shipments: list[Shipment]) -> tuple[list[tuple[Shipment, LogChunk]], list[Shipment]]:

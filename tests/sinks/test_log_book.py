@@ -229,6 +229,29 @@ async def test_a_log_that_a_failover_set_back_is_made_whole(tmp_path: Path, stor
         assert joined(store.records(job)) == b"".join(b"line %d\n" % n for n in range(4))
 
 
+async def test_a_log_that_was_stored_whole_before_a_restart_is_complete(tmp_path: Path, store: FakeLogStore) -> None:
+    """The pump says that nothing more comes before the database says that it has it all: the latter must be told too,
+    or the attempt waits for ever."""
+    lease = a_lease()
+    first = LogBook(tmp_path, store)
+    await first.open(lease, PLAN)
+    step = FakeStep(tmp_path, lease, 0)
+    step.write(Stream.OUT, b"all of it\n")
+    step.exit()
+    first.step_ended(lease.id, 0)
+    await settle(first)
+    second = LogBook(tmp_path, store)
+    await second.open(lease, PLAN)
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(second.complete, lease.id)
+            await anyio.lowlevel.checkpoint()
+            while await second.pump_once():
+                pass
+            await anyio.lowlevel.checkpoint()
+            await second.ship_once()
+
+
 async def test_a_database_that_is_away_holds_up_only_the_end(tmp_path: Path, store: FakeLogStore) -> None:
     pauses: list[float] = []
     back = anyio.Event()
