@@ -164,7 +164,7 @@ class Keeper:
                 await work()
                 self._trouble = None
                 return
-            except BsupError as error:
+            except (BsupError, OSError) as error:
                 tries += 1
                 self._trouble = str(error)
                 if tries == 1:
@@ -261,7 +261,14 @@ class Keeper:
             return False
         if self._me != me:
             return False
-        await self._publish_fence(sent, self._terms.term)
+        try:
+            await self._publish_fence(sent, self._terms.term)
+        except BsupError as error:
+            # A full disk, say. Jobs end at the fence that is there, unless a later renewal can be published.
+            if self._trouble is None:
+                log.warning("the fence could not be written, trying again: %s", error)
+            self._trouble = str(error)
+            return False
         self._trouble = None
         self._tell_renewal(me, renewal, sent_loop)
         return True

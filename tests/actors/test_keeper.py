@@ -23,6 +23,7 @@ from supervisor.messages import (
     SessionOpened,
     WorkEnded,
 )
+from supervisor.model.errors import RunnerError
 from supervisor.model.job import HostInfo
 from tests.actors.fake_store import FakeStore
 from tests.actors.fakes import FakeHost
@@ -101,6 +102,23 @@ async def test_a_failed_renewal_moves_no_fence_and_is_repeated_soon() -> None:
         assert stage.count(SessionGone) == 1  # the one at the very begin, before any session
         stage.store.down = False
         await until(lambda: len(stage.host.fences) > len(fences), 6)
+
+
+async def test_a_fence_that_cant_be_written_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk must not end the keeper: the work ends at the fence that is there, if no later one can be written."""
+    async with on_stage() as stage:
+        await until(lambda: stage.count(Renewed) == 1)
+
+        async def refuse(_: float) -> None:
+            raise RunnerError("no space left on device")
+
+        with monkeypatch.context() as full:
+            full.setattr(stage.host, "write", refuse)
+            await asyncio.sleep(TERMS.term)
+            assert stage.count(Renewed) == 1
+            assert stage.count(FencePassed) == 1
+        await until(lambda: stage.count(Renewed) == 2, 20)
+        assert stage.count(SessionGone) == 1
 
 
 async def test_a_renewal_that_hangs_is_given_up() -> None:
