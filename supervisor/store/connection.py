@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
@@ -23,6 +23,9 @@ from supervisor.store.faults import FAULTS, breaks_connection, translate
 from supervisor.store.statements import STATEMENTS
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+NO_SETTINGS: Mapping[str, str] = {}
+GENERIC_PLANS: Mapping[str, str] = {"plan_cache_mode": "force_generic_plan"}
 
 # What the client waits beyond the server's own statement_timeout, before it takes the server for gone.
 SLACK = 2.0
@@ -86,11 +89,12 @@ class Connector:
             return [self._dsn.url()]
         return [msgspec.structs.replace(self._dsn, hosts=(host,)).url() for host in self._dsn.hosts]
 
-    async def connect(self) -> Connection:
+    async def connect(self, settings: Mapping[str, str] = NO_SETTINGS) -> Connection:
+        """``settings``: of the server's session, beyond those that every connection gets."""
         problems: list[str] = []
         for url in list(self._urls):
             try:
-                connection = await self._connect(url)
+                connection = await self._connect(url, settings)
             except FAULTS as error:
                 problems.append(str(translate(error, "connect")))
                 continue
@@ -99,9 +103,9 @@ class Connector:
             return connection
         raise StoreUnavailable("; ".join(dict.fromkeys(problems)))
 
-    async def _connect(self, url: str) -> Connection:
+    async def _connect(self, url: str, settings: Mapping[str, str]) -> Connection:
         try:
-            return await self._open(url, self._settings)
+            return await self._open(url, {**self._settings, **settings} if self._settings else {})
         except asyncpg.PostgresError as error:
             # PgBouncer refuses settings that it does not track; then only the client keeps time.
             if not self._settings or error.sqlstate not in ("08P01", "42704") or "startup parameter" not in str(error):
@@ -121,8 +125,11 @@ class Connector:
 class Link:
     """At most ``size`` connections for one kind of work. Concurrent calls are fine; a cancelled one drops its own."""
 
-    def __init__(self, connector: Connector, health: Health, size: int = 1) -> None:
+    def __init__(
+        self, connector: Connector, health: Health, size: int = 1, settings: Mapping[str, str] = NO_SETTINGS
+    ) -> None:
         self._connector = connector
+        self._settings = settings
         self._health = health
         self._turns = anyio.Semaphore(size)
         self._idle: list[Connection] = []
@@ -181,7 +188,7 @@ class Link:
             connection = self._idle.pop()
             if not connection.is_closed():
                 return connection
-        connection = await self._connector.connect()
+        connection = await self._connector.connect(self._settings)
         self._health.server = "PostgreSQL {0.major}.{0.minor}".format(connection.get_server_version())
         return connection
 

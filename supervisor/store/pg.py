@@ -21,7 +21,7 @@ from typing import Self
 import anyio
 
 from supervisor.ports import Store, StoreHealth
-from supervisor.store.connection import Connector, Health, Link
+from supervisor.store.connection import GENERIC_PLANS, Connector, Health, Link
 from supervisor.store.dispatch import Dispatch
 from supervisor.store.listen import Ear
 from supervisor.store.logs import Logs
@@ -52,9 +52,10 @@ class PgStore(Sessions, Dispatch, Logs, Users):
             statement_timeout=statement_timeout,
         )
         self._renewal = Link(connector, self._health)
-        self._dispatch = Link(connector, self._health, 2)
-        self._upkeep = Link(connector, self._health)
-        self._logs = Link(connector, self._health)
+        # Their statements take batches of any size: a plan made for one is right for all, and is not made again.
+        self._dispatch = Link(connector, self._health, 2, GENERIC_PLANS)
+        self._upkeep = Link(connector, self._health, 1, GENERIC_PLANS)
+        self._logs = Link(connector, self._health, 1, GENERIC_PLANS)
         self._users = Link(connector, self._health, 3)
         self._ear = Ear(connector, self._health, check_listen_every)
         self._stack = AsyncExitStack()
@@ -70,7 +71,9 @@ class PgStore(Sessions, Dispatch, Logs, Users):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        return await self._stack.__aexit__(kind, error, trace)
+        # Not with the error: the task group would wrap it in a group, and it has nothing to do with the store.
+        await self._stack.aclose()
+        return None
 
     def health(self) -> StoreHealth:
         return self._health.snapshot()

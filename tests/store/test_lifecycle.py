@@ -477,6 +477,20 @@ class TestReading:
         with pytest.raises(UnknownJob):
             await store.attempts(999)
 
+    async def test_an_event_of_an_open_transaction_is_not_overtaken(
+        self, store: PgStore, sql: asyncpg.Connection
+    ) -> None:
+        """Who asks for what came after the last he saw would never see it."""
+        first, second = await add(store, 2)
+        transaction = sql.transaction()
+        await transaction.start()
+        await sql.execute("SELECT bsup.cancel($1)", first)
+        await store.stop([second], grace=None, kill=False, by="ann")
+        assert await store.events(0) == []
+        await transaction.commit()
+        assert [event.job for event in await store.events(0)] == [first, second]
+        assert await store.events(await store.last_event()) == []
+
     async def test_hosts_tell_their_state(self, store: PgStore, sql: asyncpg.Connection) -> None:
         one = await Daemon.begin(store, "one")
         two = await Daemon.begin(store, "two")
@@ -493,7 +507,10 @@ class TestReading:
 
 
 class TestSecrets:
-    async def test_they_live_until_the_job_ends(self, store: PgStore, sql: asyncpg.Connection) -> None:
+    @pytest.mark.parametrize("outcome", [Outcome.SUCCEEDED, Outcome.FAILED, Outcome.CANCELED])
+    async def test_they_live_until_the_job_ends(
+        self, store: PgStore, sql: asyncpg.Connection, outcome: Outcome
+    ) -> None:
         (job,) = await add(store, secrets={"TOKEN": "s3cret"}, redact={"hush": "***"}, attempts=2)
         daemon = await Daemon.begin(store)
         lease = await daemon.claim_one()
@@ -504,5 +521,5 @@ class TestSecrets:
         assert await sql.fetchval("SELECT count(*) FROM bsup.job_secret WHERE job_id = $1", job) == 2
         (again,) = await daemon.claim()
         assert (await store.leases(daemon.me))[0].secrets == {"TOKEN": "s3cret"}
-        await daemon.finish(again)
+        await daemon.finish(again, outcome)
         assert await sql.fetchval("SELECT count(*) FROM bsup.job_secret") == 0

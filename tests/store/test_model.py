@@ -408,7 +408,7 @@ def test_the_store_keeps_to_the_model(migrated_dsn: str) -> None:
             run_state_machine_as_test(
                 lambda: Model(run, store, sql),
                 settings=settings(
-                    max_examples=30,
+                    max_examples=50,
                     stateful_step_count=50,
                     deadline=None,
                     suppress_health_check=list(HealthCheck),

@@ -124,6 +124,12 @@ class TestAway:
             with pytest.raises(StoreUnavailable, match="connect: "):
                 await store.hosts()
 
+    async def test_an_error_of_the_caller_leaves_it_as_it_is(self, migrated_dsn: str) -> None:
+        with pytest.raises(KeyError, match="mine"):
+            async with PgStore(migrated_dsn) as store:
+                await store.hosts()
+                raise KeyError("mine")
+
     async def test_a_dsn_that_can_not_be_read_is_the_callers_fault(self) -> None:
         with pytest.raises(InvalidInput):
             PgStore("postgresql://x/y?colour=red")

@@ -49,13 +49,15 @@ class TestReaping:
         await settle(store, sql)
         await add(store, 5)
         dead = await Daemon.begin(store)
-        await dead.claim(5)
+        leases = await dead.claim(5)
         await pass_time(store, sql, TERM + 1)
         first = await store.reap(limit=3)
         assert (first.requeued, first.sessions) == (3, [])
         # Marked dead at the first pass: it can't be renewed back to life for what is left.
         with pytest.raises(SessionRefused):
             await store.renew(dead.me, TERM, False)
+        with pytest.raises(SessionRefused):
+            await dead.finish(leases[4])
         assert await store.resume_session(dead.me.session, dead.me.incarnation, host(), TERM, FRESH) is None
         second = await store.reap(limit=3)
         assert (second.requeued, second.sessions) == (2, [dead.me.session])

@@ -263,8 +263,8 @@ CREATE TABLE bsup.event (
 );
 CREATE INDEX event_job ON bsup.event (job_id);
 
--- Every job with its state, which is where its row is. Each branch is a single table, so that a join or a filter by id
--- reaches the primary keys; filter by id, or page by it.
+-- Every job with its state, which is where its row is. Each branch is a single table without a WHERE of its own: only so
+-- does a join or a filter by id reach the primary keys. Filter by id, or page by it.
 CREATE VIEW bsup.jobs AS
 SELECT j.id, j.name, n.kind, s.state, s.revision, s.generation, j.priority, n.labels, s.attempt, j.attempts,
        s.failures, s.losses, s.releases, j.submitted_at, j.submitter, s.ready_at, s.run_at, s.started_at, s.ended_at,
@@ -277,26 +277,26 @@ JOIN (
            NULL::timestamptz AS ready_at, w.run_at, NULL::timestamptz AS started_at, NULL::timestamptz AS ended_at,
            NULL::text AS host, NULL::uuid AS session, NULL::bigint AS counter, NULL::smallint AS exit_code,
            NULL::smallint AS signal, NULL::text AS error, NULL::text AS reason, NULL::timestamptz AS stop_asked_at,
-           w.parents_left
+           w.parents_left, NULL::timestamptz AS retried_at
     FROM bsup.waiting w
     UNION ALL
     SELECT r.job_id, 'ready', r.revision, r.generation, r.attempt, r.failures, r.losses, r.releases,
-           r.ready_at, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0
+           r.ready_at, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, NULL
     FROM bsup.ready r
     UNION ALL
     SELECT l.job_id, 'running', l.revision, l.generation, l.attempt, l.failures, l.losses, l.releases,
-           l.ready_at, NULL, l.leased_at, NULL, NULL, l.session, l.counter, NULL, NULL, NULL, NULL, l.stop_at, 0
+           l.ready_at, NULL, l.leased_at, NULL, NULL, l.session, l.counter, NULL, NULL, NULL, NULL, l.stop_at, 0, NULL
     FROM bsup.lease l
     UNION ALL
     SELECT f.job_id, f.state, f.revision, f.generation, f.attempt, f.failures, f.losses, f.releases,
            NULL, NULL, f.started_at, f.ended_at, f.host, f.session, f.counter, f.exit_code, f.signal, f.error, f.reason,
-           NULL, 0
+           NULL, 0, f.retried_at
     FROM bsup.finished f
-    WHERE f.retried_at IS NULL
 ) s ON s.job_id = j.id
 LEFT JOIN bsup.session h ON h.id = s.session AND s.state = 'running'
 LEFT JOIN LATERAL (
     SELECT t.idx, t.name FROM bsup.step t
     WHERE s.state = 'running' AND t.job_id = s.job_id AND t.attempt = s.attempt AND t.state = 'running'
     ORDER BY t.idx DESC LIMIT 1
-) p ON true;
+) p ON true
+WHERE s.retried_at IS NULL;

@@ -9,6 +9,8 @@ SELECT n.id, n.kind, n.labels FROM bsup.need n WHERE n.id > $1 ORDER BY n.id;
 -- weighs all slots. A job that this host could never take (more cpu or memory than it has) is not looked at.
 -- No row: the session is not held. One row of nulls: nothing fits, or the session has expired and must be renewed first.
 -- The session's row is locked against its reaper, who would otherwise miss the new leases.
+-- OFFSET 0 keeps the join a look-up by primary key for each lease: the planner can't know how few they are, and would read
+-- the whole table of jobs.
 WITH me AS MATERIALIZED (
     SELECT s.id, s.cpu, s.memory, s.expires_at > bsup.clock() AS lives
     FROM bsup.session s WHERE s.id = $1 AND s.incarnation = $2 AND s.dead_at IS NULL
@@ -52,7 +54,9 @@ SELECT l.session, l.counter, l.job_id, l.attempt, l.failures, l.losses, l.leased
        n.kind, j.name, j.spec::text AS spec, j.attempts, x.names, x.values, x.replacements
 FROM me
 LEFT JOIN leased l ON true
-LEFT JOIN bsup.job j ON j.id = l.job_id
+LEFT JOIN LATERAL (
+    SELECT j.name, j.spec, j.attempts, j.has_secrets FROM bsup.job j WHERE j.id = l.job_id OFFSET 0
+) j ON true
 LEFT JOIN bsup.need n ON n.id = l.need_id
 LEFT JOIN LATERAL (
     SELECT array_agg(v.name) AS names, array_agg(v.value) AS values, array_agg(v.replacement) AS replacements
