@@ -123,6 +123,16 @@ def is_claimed(step_dir: Path) -> bool:
     return (step_dir / "claim").exists()
 
 
+def is_exited(step_dir: Path) -> bool:
+    """Whether there is an exit record that can be read, or may be one that can't be read now."""
+    try:
+        return read_exit(step_dir) is not None
+    except Damaged:
+        return False
+    except RunnerError:
+        return True
+
+
 def is_closed(step_dir: Path) -> bool:
     """Whether nothing of the step runs any more and all of its output is in the files."""
     return (step_dir / "closed").exists()

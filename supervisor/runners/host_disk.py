@@ -27,6 +27,19 @@ class _Mirror(NamedTuple):
     path: Path
 
 
+def mark_kept(workspace: Path) -> None:
+    """Marks a workspace whose job has ended. The job may have put anything at the mark's place, a symlink to anywhere
+    among it: that is mark enough, and gets the time of now, but is neither opened nor followed."""
+    top = os.open(workspace, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        try:
+            os.close(os.open(KEPT_MARK, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=top))
+        except FileExistsError:
+            os.utime(KEPT_MARK, dir_fd=top, follow_symlinks=False)
+    finally:
+        os.close(top)
+
+
 def trim_mirrors(mirrors: Path, most: int) -> list[str]:
     """Removes the least recently used mirrors until all take at most ``most`` bytes on disk; a sentence for each.
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import anyio.to_thread
 import msgspec
@@ -26,7 +26,7 @@ from supervisor.model.errors import RunnerError
 from supervisor.model.job import Lease, LeaseId
 from supervisor.ports import HandleInfo, Plan, StepEnd, StepTaken
 from supervisor.runners import handles, host_disk
-from supervisor.runners.handles import Started, StepFile
+from supervisor.runners.handles import Damaged, Started, StepFile
 from supervisor.runners.run_files import RunFile, RunWriter, StepsSettings, read_run
 from supervisor.runners.shepherd_client import Hint, HintKind, Refused
 from supervisor.runners.uids import UidPool
@@ -36,6 +36,7 @@ CLOSE_WAIT = 10.0
 _CLAIMED_TRIES = 3
 
 Tell = Callable[[StepEnd], None]
+F = TypeVar("F", bound=msgspec.Struct)
 
 
 class Shepherd(Protocol):
@@ -57,7 +58,10 @@ class Shepherd(Protocol):
 
 
 class _Live:
-    """A step that was started and whose end is not told yet. ``exited``: monotonic time its exit was first seen."""
+    """A step that was started and whose end is not told yet. ``exited``: monotonic time its exit was first seen.
+
+    ``is_dead``: its process is gone. ``question``: the shepherd is being asked what it knows of it.
+    """
 
     def __init__(self, lease: LeaseId, index: int, step_dir: Path, checkout: bool, tell: Tell) -> None:
         self.lease = lease
@@ -66,6 +70,8 @@ class _Live:
         self.checkout = checkout
         self.tell = tell
         self.exited: float | None = None
+        self.is_dead = False
+        self.question: asyncio.Task[None] | None = None
 
 
 class StepsRunner:
@@ -109,6 +115,9 @@ class StepsRunner:
 
     def close(self) -> None:
         """Stops looking after steps; they go on, and are taken up again by ``adopt``."""
+        for live in self._live.values():
+            if live.question is not None:
+                live.question.cancel()
         self._live.clear()
         if self._timer is not None:
             self._timer.cancel()
@@ -154,7 +163,13 @@ class StepsRunner:
 
     async def adopt(self, lease: LeaseId, tell: Tell) -> list[StepTaken] | None:
         run_dir = self._run_dir(lease)
-        run = await anyio.to_thread.run_sync(read_run, run_dir)
+        try:
+            run = await anyio.to_thread.run_sync(read_run, run_dir)
+        except Damaged as damage:
+            # Nobody can go on with it: what runs of it is ended, and then there is nothing to take up.
+            if await self._shepherd.stop_run(run_dir, 0.0, True):
+                raise RunnerError(f"{damage}; what runs of it is being ended") from damage
+            return None
         if run is None:
             return None
         taken = []
@@ -182,7 +197,7 @@ class StepsRunner:
             keep = keep or (run is not None and run.keep_workspace)
         if keep and workspace.exists():
             await self._shepherd.give_back(workspace)
-            await anyio.to_thread.run_sync((workspace / host_disk.KEPT_MARK).touch)
+            await anyio.to_thread.run_sync(host_disk.mark_kept, workspace)
         elif workspace.exists():
             await self._shepherd.remove(workspace)
         if run_dir.exists():
@@ -286,26 +301,49 @@ class StepsRunner:
             return
         end = self._end(live)
         if end is not None:
+            self._tell_end(live, end)
+        elif live.is_dead and live.question is None:
+            live.question = asyncio.get_running_loop().create_task(self._ask_about(live))
+
+    def _tell_end(self, live: _Live, end: StepEnd) -> None:
+        if self._live.get(live.step_dir) is live:
             del self._live[live.step_dir]
             live.tell(end)
 
-    def _end(self, live: _Live) -> StepEnd | None:
+    async def _ask_about(self, live: _Live) -> None:
+        """Its process is gone and its files don't say how: the shepherd may have that to write still (a full disk)."""
         try:
-            started = handles.read_started(live.step_dir)
+            with contextlib.suppress(RunnerError):  # it is asked again at the next look
+                end = await self._end_of_unknown(live)
+                if end is not None:
+                    self._tell_end(live, end)
+        finally:
+            live.question = None
+
+    def _end(self, live: _Live) -> StepEnd | None:
+        """By its files alone; one that is damaged counts as not written, and ``closed`` by being there.
+
+        That a file can't be read now (too many open files, say) says nothing, least of all that the step is over.
+        """
+        try:
+            started, harm = _whole(handles.read_started, live.step_dir)
             # The order counts: the shepherd writes `exit` before `closed`, and reaps the process after `exit`. What is
             # looked at first here is what is written last, so that an exit can't slip through between two looks.
-            closed = handles.read_closed(live.step_dir)
-            is_dead = closed is not None or (started is not None and not self._lives(started))
-            exit_ = handles.read_exit(live.step_dir)
-        except RunnerError as damage:
-            return StepEnd(live.index, None, None, None, None, cause="gone", error=str(damage))
+            is_closed = handles.is_closed(live.step_dir)
+            closed, _ = _whole(handles.read_closed, live.step_dir)
+            is_dead = started is not None and not self._lives(started)
+            exit_, exit_harm = _whole(handles.read_exit, live.step_dir)
+        except RunnerError:
+            return None
         started_at = _moment(started.at) if started else None
         if exit_ is None:
-            if not is_dead:
+            live.is_dead = is_dead
+            if not is_closed:
                 return None
             ended_at = _moment(closed.at) if closed else None
-            return StepEnd(live.index, None, None, started_at, ended_at, cause="gone", error="its process is gone")
-        if closed is None:
+            why = exit_harm or harm or "its process is gone"
+            return StepEnd(live.index, None, None, started_at, ended_at, cause="gone", error=why)
+        if not is_closed:
             live.exited = live.exited if live.exited is not None else time.monotonic()
             rebooted = started is not None and started.boot_id != self._boot_id
             if not rebooted and time.monotonic() - live.exited < self._close_wait:
@@ -318,8 +356,10 @@ class StepsRunner:
         )
 
     async def _end_of_unknown(self, live: _Live) -> StepEnd | None:
-        """Of a step that was claimed, but has neither ``started`` nor ``exit``: only the shepherd can know it."""
-        if (live.step_dir / "started").exists() or (live.step_dir / "exit").exists():
+        """Of a step that was claimed and has no ``exit``, and no process that is known to live: only the shepherd can
+        know it."""
+        started, harm = _whole(handles.read_started, live.step_dir)
+        if handles.is_exited(live.step_dir) or (started is not None and self._lives(started)):
             return None
         known = (await self._shepherd.status()).get("live")
         if isinstance(known, list) and any(
@@ -327,9 +367,11 @@ class StepsRunner:
         ):
             return None
         # Between the two looks it may have started and ended.
-        return self._end(live) or StepEnd(
-            live.index, None, None, None, None, cause="gone", error="it was claimed, but never started"
-        )
+        if (end := self._end(live)) is not None or handles.is_exited(live.step_dir):
+            return end
+        error = harm or ("its process is gone" if started else "it was claimed, but never started")
+        started_at = _moment(started.at) if started else None
+        return StepEnd(live.index, None, None, started_at, None, cause="gone", error=error)
 
     def _lives(self, started: Started) -> bool:
         """A pid is trusted only with its start time, in the same boot. A zombie counts: its exit is still to come."""
@@ -337,17 +379,22 @@ class StepsRunner:
             return False
         try:
             stat = Path(f"/proc/{started.pid}/stat").read_bytes()
-        except OSError:
+        except (FileNotFoundError, ProcessLookupError):
             return False
+        except OSError:
+            return True  # nobody knows, then
         start_time = int(stat[stat.rindex(b")") + 2 :].split()[19])
         return start_time == started.start_time
 
     def _started_at(self, step_dir: Path) -> datetime | None:
-        started = handles.read_started(step_dir)
-        if started is not None:
-            return _moment(started.at)
-        exit_ = handles.read_exit(step_dir)
-        return _moment(exit_.at) if exit_ is not None else None
+        """For people; a file that can't be read must not make a step that runs one that could not be started."""
+        with contextlib.suppress(RunnerError):
+            started, _ = _whole(handles.read_started, step_dir)
+            if started is not None:
+                return _moment(started.at)
+            exit_, _ = _whole(handles.read_exit, step_dir)
+            return _moment(exit_.at) if exit_ is not None else None
+        return None
 
     # --- on disk ---
 
@@ -358,7 +405,7 @@ class StepsRunner:
         orphans = {
             lease
             for lease in self._leases_on_disk(self._work)
-            if not (self._work / str(lease) / host_disk.KEPT_MARK).exists()
+            if not os.path.lexists(self._work / str(lease) / host_disk.KEPT_MARK)
         }
         return sorted(orphans | set(self._leases_on_disk(self._runs)))
 
@@ -373,6 +420,14 @@ class StepsRunner:
             with contextlib.suppress(ValueError):
                 leases.append(LeaseId.parse(name))
         return leases
+
+
+def _whole(read: Callable[[Path], F | None], step_dir: Path) -> tuple[F | None, str | None]:
+    """What a file says, and what is wrong with it where it is damaged. Raises RunnerError when it can't be read now."""
+    try:
+        return read(step_dir), None
+    except Damaged as damage:
+        return None, str(damage)
 
 
 def _moment(seconds: float) -> datetime:

@@ -7,9 +7,12 @@ request is split into names, and walked with directory descriptors and O_NOFOLLO
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
+import secrets
+import stat
 import sys
 import time
 from collections.abc import Mapping
@@ -132,21 +135,112 @@ def chown_tree(directory: int, uid: int, gid: int) -> None:
     job would get to own what other jobs read.
     """
     device = os.fstat(directory).st_dev
-    for _, names, files, at in os.fwalk(dir_fd=directory, follow_symlinks=False):
-        found = os.fstat(at)
-        if found.st_dev != device:
-            names.clear()
-            continue
-        for name in files:
-            entry = os.stat(name, dir_fd=at, follow_symlinks=False)
-            if entry.st_uid != uid and entry.st_nlink == 1:
-                os.chown(name, uid, gid, dir_fd=at, follow_symlinks=False)
-        for name in names:
-            # fwalk lists symlinks to directories here; the directories themselves are changed when they are walked.
-            entry = os.stat(name, dir_fd=at, follow_symlinks=False)
-            if entry.st_uid != uid and entry.st_dev == device:
-                os.chown(name, uid, gid, dir_fd=at, follow_symlinks=False)
+    at = os.dup(directory)
+    try:
+        left = _chown_entries(at, device, uid, gid)
+        above: list[tuple[list[str], tuple[int, int]]] = []
+        while left or above:
+            if left:
+                try:
+                    below = os.open(left.pop(), _DIRECTORY, dir_fd=at)
+                except PermissionError:  # not root, and shut by its owner
+                    continue
+                above.append((left, _identity(at)))
+                os.close(at)
+                at = below
+                left = _chown_entries(at, device, uid, gid)
+            else:
+                # By "..", as a tree may be deeper than there are descriptors, or than Python calls itself.
+                up = os.open("..", _DIRECTORY, dir_fd=at)
+                os.close(at)
+                at = up
+                left, here = above.pop()
+                if _identity(at) != here:
+                    raise OSError(errno.ESTALE, "the tree was moved while it was walked")
+    finally:
+        os.close(at)
     os.fchown(directory, uid, gid)
+
+
+def _chown_entries(at: int, device: int, uid: int, gid: int) -> list[str]:
+    """Changes the owner of what is in a directory; returns the directories to go on with."""
+    below = []
+    for name in os.listdir(at):
+        entry = os.stat(name, dir_fd=at, follow_symlinks=False)
+        is_directory = stat.S_ISDIR(entry.st_mode)
+        if entry.st_dev != device:
+            continue
+        if entry.st_uid != uid and (is_directory or entry.st_nlink == 1):
+            os.chown(name, uid, gid, dir_fd=at, follow_symlinks=False)
+        if is_directory:
+            below.append(name)
+    return below
+
+
+def remove_tree(parent: int, name: str) -> None:
+    """Removes whatever has this name; nothing is followed. Idempotent.
+
+    Directories are moved up to the top one by one and emptied there: so a tree may be as deep as a job can make it,
+    with neither recursion nor a descriptor for each level.
+    """
+    try:
+        top = _open_own(parent, name)
+    except FileNotFoundError:
+        return
+    if top is None:
+        os.unlink(name, dir_fd=parent)
+        return
+    prefix = f".{secrets.token_hex(8)}-"
+    moved = 0
+    try:
+        while below := _unlink_entries(top):
+            for each in below:
+                directory = _open_own(top, each)
+                assert directory is not None
+                try:
+                    for inner in _unlink_entries(directory):
+                        moved += 1
+                        os.rename(inner, f"{prefix}{moved}", src_dir_fd=directory, dst_dir_fd=top)
+                finally:
+                    os.close(directory)
+                os.rmdir(each, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(name, dir_fd=parent)
+
+
+def _unlink_entries(directory: int) -> list[str]:
+    """Removes what is no directory; returns the directories, open for their owner."""
+    below = []
+    for name in os.listdir(directory):
+        entry = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if stat.S_ISDIR(entry.st_mode):
+            _open_up(directory, name, entry)
+            below.append(name)
+        else:
+            os.unlink(name, dir_fd=directory)
+    return below
+
+
+def _open_own(parent: int, name: str) -> int | None:
+    """A descriptor of a directory, opened for its owner before; None if it is something else."""
+    entry = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    if not stat.S_ISDIR(entry.st_mode):
+        return None
+    _open_up(parent, name, entry)
+    return os.open(name, _DIRECTORY, dir_fd=parent)
+
+
+def _open_up(parent: int, name: str, entry: os.stat_result) -> None:
+    """Root needs no permissions; anyone else needs rwx on each directory of the tree to empty it."""
+    if os.geteuid() != 0 and entry.st_uid == os.geteuid() and entry.st_mode & 0o700 != 0o700:
+        # Between the look and the change nothing of the job's lives that could put a symlink here.
+        os.chmod(name, 0o700, dir_fd=parent)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
 
 
 def say(text: str) -> None:

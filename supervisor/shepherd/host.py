@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import stat
 from collections import deque
@@ -16,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from supervisor.shepherd import kill
+from supervisor.shepherd import kill, linux
 from supervisor.shepherd.fence import Fence
-from supervisor.shepherd.files import Refusal, StateDirectory, chown_tree, exists, say
+from supervisor.shepherd.files import Refusal, StateDirectory, chown_tree, exists, remove_tree, say
 from supervisor.shepherd.loop import Loop, now
 from supervisor.shepherd.spawn import fork_quietly, reset_signals
 from supervisor.shepherd.spec import Policy, is_uid_range, read_spec
@@ -336,6 +335,8 @@ class Host:
 def _do_work(work: _Work, report: int) -> None:
     try:
         reset_signals()
+        # It has the shepherd's lock open: one that outlived it would keep the next from beginning.
+        linux.die_with_parent(signal.SIGKILL)
         work.run()
         os.write(report, b"done")
     except OSError as error:
@@ -356,30 +357,9 @@ def _make_directory(parent: int, name: str, owner: tuple[int, int] | None) -> No
 
 
 def _remove(state: StateDirectory, top: str, name: str) -> None:
-    """By descriptors, so that no symlink leads it out; a directory its owner shut is opened first."""
+    """By descriptors, so that no symlink leads it out."""
     parent = state.open(top)
-
-    def on_error(_: object, __: str, problem: tuple[type[BaseException], BaseException, object]) -> None:
-        if not isinstance(problem[1], FileNotFoundError):
-            raise problem[1]
-
-    if os.geteuid() != 0:
-        with contextlib.suppress(FileNotFoundError):
-            _unlock(parent, name)
-    shutil.rmtree(name, onerror=on_error, dir_fd=parent)
-
-
-def _unlock(parent: int, name: str) -> None:
-    """Root needs no permissions; anyone else needs rwx on each directory of the tree to empty it."""
-    entry = os.stat(name, dir_fd=parent, follow_symlinks=False)
-    if not stat.S_ISDIR(entry.st_mode):
-        return
-    if entry.st_uid == os.geteuid() and entry.st_mode & 0o700 != 0o700:
-        # Between the look and the change nothing of the job's lives that could put a symlink here.
-        os.chmod(name, 0o700, dir_fd=parent)
-    directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     try:
-        for below in os.listdir(directory):
-            _unlock(directory, below)
+        remove_tree(parent, name)
     finally:
-        os.close(directory)
+        os.close(parent)

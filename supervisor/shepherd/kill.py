@@ -113,7 +113,14 @@ def send_uid(uid: int, numbers: tuple[signal.Signals, ...]) -> None:
     """To every process that may be signalled as ``uid``. The kernel says nothing of how many there were."""
     if uid <= 0 or os.geteuid() != 0:
         raise ValueError(f"uid {uid} is not a job's")
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:
+        # A job has taken every process there may be (a fork bomb within the service's TasksMax, say): it must be ended
+        # all the more. One by one, and called again until none is left.
+        for number in numbers:
+            send({each for each in processes() if uid in uids(each)}, number)
+        return
     if pid == 0:
         try:
             os.setgroups([])

@@ -199,8 +199,9 @@ class Step:
         """Again and again until it is dead: a process that forks as it is read, or one in the middle of its set-up."""
         if self.pid is None:
             return
-        self._signal(_KILL)
+        # First of all: whatever goes wrong below, it is tried again.
         self._ground.loop.at(now() + _LAST_RETRY, self._kill_main)
+        self._signal(_KILL)
 
     def _signal(self, numbers: tuple[signal.Signals, ...]) -> None:
         if self.own_uid is not None:

@@ -91,13 +91,14 @@ def _read(path: str, directory: int, policy: Policy, by_uid: bool) -> _Left:
     # The uids are locked, and it is the same range as before: nobody else's process has one.
     own = by_uid and isinstance(uid, int) and policy.allows(uid) and not spec.get("as_service")
     same_boot = started.get("boot_id") == boot_id()
+    pid, start_time = started.get("pid"), started.get("start_time")
     return _Left(
         path=path,
         directory=directory,
         uid=policy.real(uid) if isinstance(uid, int) and own else None,
         token=str(spec.get("token") or ""),
-        pid=int(started.get("pid") or 0) if same_boot else 0,
-        start_time=int(started.get("start_time") or 0),
+        pid=pid if same_boot and isinstance(pid, int) else 0,
+        start_time=start_time if isinstance(start_time, int) else 0,
         output=Output.reopen(directory),
     )
 

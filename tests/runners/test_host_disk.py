@@ -15,6 +15,7 @@ from steps_bench import Bench, lease_of
 
 from supervisor.runners import host_disk
 from supervisor.runners.git import Git
+from supervisor.runners.host_disk import KEPT_MARK, mark_kept
 from supervisor.runners.mirrors import Wanted, lock_of, opened
 from supervisor.runners.run_files import StepsSettings
 
@@ -150,3 +151,17 @@ async def test_a_sweep_removes_workspaces_that_were_kept_long_enough(bench: Benc
     assert bench.workspace(unended).exists()
     assert names(bench.state / "mirrors") == set()
     assert [sentence.split()[1:3] for sentence in said] == [["the", "workspace"], ["the", "git"]]
+
+
+def test_a_mark_that_the_job_made_itself_is_neither_followed_nor_trusted(tmp_path: Path) -> None:
+    """The daemon may be root: through a job's symlink it would make files anywhere."""
+    elsewhere = tmp_path / "elsewhere"
+    for number, make in enumerate((lambda mark: mark.symlink_to(elsewhere), Path.mkdir, os.mkfifo)):
+        workspace = tmp_path / str(number)
+        workspace.mkdir()
+        mark = workspace / KEPT_MARK
+        make(mark)
+        os.utime(mark, (1.0, 1.0), follow_symlinks=False)
+        mark_kept(workspace)
+        assert not elsewhere.exists()
+        assert mark.lstat().st_mtime > 1.0

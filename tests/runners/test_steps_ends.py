@@ -37,6 +37,8 @@ class FileShepherd:
         self.live: list[dict[str, object]] = []
         self.hint: Hint | None = None
         self.starts = 0
+        self.stops: list[bool] = []
+        """What stops are answered with, one after the other: whether something of the run lives."""
 
     def on_hint(self, tell: Hint) -> None:
         self.hint = tell
@@ -50,7 +52,7 @@ class FileShepherd:
             raise RunnerError("the shepherd did not answer")
 
     async def stop_run(self, run_dir: Path, grace: float, kill: bool) -> bool:
-        return True
+        return self.stops.pop(0) if self.stops else True
 
     async def make_workspace(self, path: Path, uid: int | None) -> None:
         await anyio.Path(path).mkdir(parents=True, exist_ok=True)
@@ -180,9 +182,60 @@ async def test_a_claim_without_a_start_is_for_the_shepherd_to_know(scene: Scene,
 async def test_damaged_files_are_a_loss_and_say_so(scene: Scene) -> None:
     await scene.start()
     (scene.step / "exit").write_text("{")
+    await scene.quiet()  # its process lives: nobody may be told that it does not
+    scene.closes()
     end = await scene.ends.of(0)
     assert end.cause == "gone"
     assert "is damaged" in (end.error or "")
+
+
+async def test_a_damaged_start_hides_no_true_end(scene: Scene) -> None:
+    await scene.start()
+    (scene.step / "started").write_text("{")
+    await scene.quiet()
+    scene.exits(3)
+    (scene.step / "closed").write_text("{")
+    assert (await scene.ends.of(0)).exit_code == 3
+
+
+async def test_files_that_cant_be_read_now_are_no_loss(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files, say: the step runs, and a loss would let another host begin it."""
+    await scene.start()
+
+    def refuse(_: Path) -> bytes:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as short_of_descriptors:
+        short_of_descriptors.setattr(Path, "read_bytes", refuse)
+        await scene.quiet()
+    scene.exits(3)
+    scene.closes()
+    assert (await scene.ends.of(0)).exit_code == 3
+
+
+async def test_a_dead_process_whose_exit_the_shepherd_cant_write_yet_is_no_loss(scene: Scene) -> None:
+    """A full disk: the shepherd has reaped it and keeps trying to write how it ended."""
+    scene.shepherd.process = Started(pid=2**22 + 1, start_time=1, boot_id=boot_id(), at=1.0, at_boot=0.0)
+    scene.shepherd.live = [{"dir": str(scene.step), "pid": None}]
+    await scene.start()
+    for _ in range(3):
+        await scene.quiet()
+    taken = await scene.runner.adopt(scene.lease.id, scene.ends.tell)
+    assert taken is not None
+    assert taken[0].end is None
+    scene.exits(3)
+    scene.closes()
+    assert (await scene.ends.of(0)).exit_code == 3
+
+
+async def test_of_a_run_whose_spec_is_damaged_all_is_ended(scene: Scene) -> None:
+    await scene.start()
+    (scene.step.parent / "spec").write_text("{")
+    scene.shepherd.stops = [True, False]
+    with pytest.raises(RunnerError):  # it is tried again: something may run still
+        await scene.runner.adopt(scene.lease.id, scene.ends.tell)
+    assert await scene.runner.adopt(scene.lease.id, scene.ends.tell) is None
+    assert scene.shepherd.stops == []
 
 
 async def test_after_close_nothing_is_told(scene: Scene) -> None:

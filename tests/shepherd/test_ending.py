@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 
 import pytest
-from yard import Yard, end, is_alive
+from yard import PATIENCE, UID_BASE, UID_COUNT, Yard, end, is_alive
+
+from supervisor.shepherd import kill
 
 STUBBORN = "trap '' TERM; echo $$ > $WORDS; while :; do sleep 1000; done"
 ESCAPE = """
@@ -126,6 +129,21 @@ def test_a_fork_bomb_is_ended(yard: Yard) -> None:
     yard.link.ask(do="stop", dir=str(step.parent), grace=0, kill=True)
     ended = yard.ended(step)
     assert ended.how == (None, 9, "stop")
+
+
+@pytest.mark.root
+def test_a_job_is_killed_where_no_process_can_be_forked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork bomb has taken all that the service's TasksMax allows."""
+    uid = UID_BASE + UID_COUNT - 1
+    job = subprocess.Popen(["sleep", "1000"], user=uid, group=uid)
+
+    def refuse() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fork", refuse)
+        kill.send_uid(uid, (signal.SIGKILL,))
+    assert job.wait(PATIENCE) == -signal.SIGKILL
 
 
 def test_the_fence_ends_everything_without_grace(yard: Yard) -> None:

@@ -134,6 +134,32 @@ def test_remove_takes_everything_and_follows_nothing(yard: Yard) -> None:
     assert (outside / "file").exists()
 
 
+_DEEP = ["python3", "-c", "import os\nfor _ in range(3000): os.mkdir('d'); open('f', 'w').close(); os.chdir('d')"]
+
+
+def test_remove_takes_a_tree_deeper_than_descriptors_or_recursion_go(yard: Yard) -> None:
+    """A job can make one, and what can't be removed would keep its uid for ever."""
+    yard.run(_DEEP)
+    workspace = yard.state / "work" / "r-1"
+    assert yard.link.ask(do="remove", path=str(workspace))["ok"]
+    assert not workspace.exists()
+
+
+@pytest.mark.root
+def test_a_tree_deeper_than_recursion_goes_is_given_back(uid_yard: Yard) -> None:
+    uid_yard.run(_DEEP)
+    workspace = uid_yard.state / "work" / "r-1"
+    assert uid_yard.link.ask(do="give_back", path=str(workspace))["ok"]
+    at = os.open(workspace / "src", os.O_RDONLY)
+    for _ in range(3000):
+        below = os.open("d", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=at)
+        os.close(at)
+        at = below
+    assert os.fstat(at).st_uid == os.geteuid()
+    os.close(at)
+    uid_yard.link.ask(do="remove", path=str(workspace))
+
+
 def test_remove_of_what_is_in_use_is_refused(yard: Yard) -> None:
     step = yard.start("read x < $GO")
     for path in (step.parent, yard.state / "work" / "r-1"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
 
 import pytest
 from yard import Ended, Yard, end, is_alive
+
+from supervisor.shepherd.fence import boot_id
 
 
 @pytest.fixture(params=[pytest.param(True, marks=pytest.mark.root, id="uids"), pytest.param(False, id="shared")])
@@ -56,6 +59,20 @@ def test_a_claim_without_a_start_is_closed_as_gone(unchecked: Yard) -> None:
     kill_shepherd(unchecked)
     unchecked.launch()
     assert Ended(step).closed["gone"] is True
+
+
+def test_damaged_files_of_a_step_keep_no_shepherd_from_beginning(unchecked: Yard) -> None:
+    unchecked.workspace()
+    steps = [unchecked.write_step("true", index=index) for index in range(3)]
+    for step, started in zip(
+        steps, ('{"pid": "x", "boot_id": BOOT}', "{", '{"start_time": [], "boot_id": BOOT}'), strict=True
+    ):
+        (step / "claim").touch()
+        (step / "idx").touch()
+        (step / "started").write_text(started.replace("BOOT", json.dumps(boot_id())))
+    kill_shepherd(unchecked)
+    unchecked.launch()
+    assert all(Ended(step).closed["gone"] for step in steps)
 
 
 def test_output_that_was_not_yet_indexed_is(unchecked: Yard) -> None:
