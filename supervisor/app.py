@@ -179,6 +179,9 @@ class _Daemon:
             self._state,
             safe_dsn(dsn),
         )
+        session_file = StateSessionFile(self._state, _machine_id(), boot_id())
+        if (aside := session_file.set_aside_foreign()) is not None:
+            log.warning("this state directory is a copy of another's: that one's session and runs are in %s", aside)
         uids = _uid_count(settings)
         client = ShepherdClient(self._state, uid_base=settings.jobs.uid_base, uid_count=uids)
         self._runner = StepsRunner(
@@ -200,7 +203,7 @@ class _Daemon:
                 if is_embedded:
                     tasks.start_soon(self._mind_embedded, store)
                 self._listen_to_signals()
-                code = await run_root(self._root_config(), self._parts(store, book), self._addresses)
+                code = await run_root(self._root_config(), self._parts(store, book, session_file), self._addresses)
                 tasks.cancel_scope.cancel()
         finally:
             self._runner.close()
@@ -233,10 +236,10 @@ class _Daemon:
             retention=settings.retention.finished,
         )
 
-    def _parts(self, store: PgStore, book: LogBook) -> Parts:
+    def _parts(self, store: PgStore, book: LogBook, session_file: StateSessionFile) -> Parts:
         return Parts(
             store=store,
-            session_file=StateSessionFile(self._state, _machine_id(), boot_id()),
+            session_file=session_file,
             fence=FenceFile(self._state),
             runners={"steps": self._runner},
             sink=book,

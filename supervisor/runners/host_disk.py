@@ -1,6 +1,7 @@
-"""Holds what the runner leaves on this host's disk within bounds: git mirrors, and workspaces that were kept.
+"""Holds what outlives jobs on this host's disk within bounds: git mirrors, kept workspaces, state that was set aside.
 
-Standard library, and its neighbour ``mirrors`` for the lock. Synchronous: ``steps`` calls it in a thread, about hourly.
+Standard library, and its neighbours ``mirrors`` and ``session_file`` for their names. Synchronous: ``steps`` calls it
+in a thread, about hourly.
 """
 
 from __future__ import annotations
@@ -13,12 +14,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 from supervisor.runners.mirrors import lock_of
+from supervisor.runners.session_file import FOREIGN
 
 KEPT_MARK = ".bsup-kept"
 """A file in a workspace that outlives its job; its mtime is the job's end."""
 
 _BELOW = 0.9
 """Trimmed is down to this part of the bound: a host at its bound doesn't make one mirror anew each hour."""
+
+
+def remove_foreign(state: Path, moment: float) -> list[str]:
+    """Removes what was set aside before ``moment`` of a state directory that this one was copied from.
+
+    Raises OSError where another user's files are in it and this process may not remove them.
+    """
+    said = []
+    for aside in sorted(state.glob(f"{FOREIGN}.*")):
+        if aside.stat().st_ctime < moment:
+            shutil.rmtree(aside)
+            said.append(f"removed {aside.name}, what another host's session had left in this state directory")
+    return said
 
 
 class _Mirror(NamedTuple):

@@ -2,8 +2,9 @@
 it.
 
 The file names the machine, the boot and the directory it was written for. One of another machine or directory (a cloned
-image) is set aside, so that two hosts never renew one session; one of another boot is good, but nothing it ran still
-runs.
+image) is set aside, so that two hosts never renew one session, and with it all that tells of its runs: where the image
+was cloned on one machine, the processes that they name are another daemon's. One of another boot is good, but nothing
+it ran still runs.
 
 May import model and ports. ``app`` takes the lock first of all and hands the rest to the root actor as its
 ``SessionFile``.
@@ -11,6 +12,7 @@ May import model and ports. ``app`` takes the lock first of all and hands the re
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -65,6 +67,10 @@ def lock_state(state: Path) -> StateLock:
     return StateLock(fd)
 
 
+FOREIGN = "foreign"
+_OF_A_SESSION = ("session.json", "fence", "runs", "work", "logs")
+
+
 class StateSessionFile:
     """Keeps the promises of ``ports.SessionFile``. ``machine_id`` and ``boot_id`` are this machine's, as it runs
     now."""
@@ -74,6 +80,21 @@ class StateSessionFile:
         self._path = state / "session.json"
         self._machine_id = machine_id
         self._boot_id = boot_id
+
+    def set_aside_foreign(self) -> Path | None:
+        """Moves what another machine's or directory's session left out of the way; says where. Before the shepherd
+        starts: it would end what the runs name."""
+        if (stored := self._stored()) is None or self._is_ours(stored):
+            return None
+        number = 0
+        while (aside := self._state / f"{FOREIGN}.{number}").exists():
+            number += 1
+        aside.mkdir(mode=0o700)
+        # The session last: what comes between leaves the rest to the next start.
+        for name in reversed(_OF_A_SESSION):
+            with contextlib.suppress(FileNotFoundError):
+                (self._state / name).rename(aside / name)
+        return aside
 
     async def load(self) -> SavedSession | None:
         return await anyio.to_thread.run_sync(self._load)
@@ -90,7 +111,7 @@ class StateSessionFile:
             # It is written by rename: only something else than bsup, or a bad disk, leaves it like this.
             self._set_aside("unreadable")
             return None
-        if stored.machine_id != self._machine_id or stored.dir != self._directory():
+        if not self._is_ours(stored):
             self._set_aside("foreign")
             return None
         return SavedSession(
@@ -105,7 +126,8 @@ class StateSessionFile:
         boot_id = self._boot_id
         if next_incarnation is not None:
             # Only the intent to take it up: until that is done, what runs is still what the boot before left.
-            boot_id = self._stored_boot_id() or boot_id
+            before = self._stored()
+            boot_id = boot_id if before is None else before.boot_id
         stored = _Stored(
             session=me.session,
             incarnation=me.incarnation,
@@ -128,11 +150,14 @@ class StateSessionFile:
         finally:
             os.close(directory)
 
-    def _stored_boot_id(self) -> str | None:
+    def _stored(self) -> _Stored | None:
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=_Stored).boot_id
+            return msgspec.json.decode(self._path.read_bytes(), type=_Stored)
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
+
+    def _is_ours(self, stored: _Stored) -> bool:
+        return stored.machine_id == self._machine_id and stored.dir == self._directory()
 
     def _set_aside(self, why: str) -> None:
         """Under the first free name: an older one set aside is evidence too."""

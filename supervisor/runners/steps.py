@@ -225,6 +225,7 @@ class StepsRunner:
                 for workspace in old:
                     await self._shepherd.remove(workspace)
                     said.append(f"removed the workspace {workspace.name}, which was kept long enough")
+                said += await anyio.to_thread.run_sync(host_disk.remove_foreign, self._state, before)
             mirrors = self._state / "mirrors"
             return said + await anyio.to_thread.run_sync(host_disk.trim_mirrors, mirrors, settings.mirrors_max)
         except OSError as error:

@@ -5,6 +5,7 @@ twice.
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,3 +159,20 @@ def test_a_daemon_whose_socket_is_taken_begins_nothing(daemons: Start, short_dir
     assert second.tail().count("\n") <= 2
     assert f"another bsup daemon listens on {first.socket}" in second.tail()
     assert [host["name"] for host in first.cli.lines("hosts")] == ["a"]
+
+
+def test_a_copy_of_a_state_directory_is_another_host(daemons: Start, short_dir: Path) -> None:
+    """It begins a session of its own, and harms nothing of the original's, though both are on one machine."""
+    folder = shared(short_dir, "marks")
+    go = folder / "go"
+    first = daemons("a")
+    job = first.cli.submit(steps(stamped(folder, f"while [ ! -e {go} ]; do sleep 0.05; done")))
+    pid = pid_in(folder / "pid.1")
+    subprocess.run(["cp", "-a", str(first.state), str(short_dir / "b")], check=True)
+    second = daemons("b")
+    assert len({host["session"] for host in second.cli.lines("hosts")}) == 2
+    assert alive(pid)
+    go.touch()
+    assert second.cli.wait(job) == 0
+    assert second.cli.show(job)["attempt"] == 1
+    assert [path.name for path in second.state.glob("foreign.*")] == ["foreign.0"]

@@ -113,6 +113,14 @@ def test_a_checkout_that_waited_for_a_lock_that_is_gone_takes_the_new_one(world:
     assert entered == [True]
 
 
+def test_what_was_set_aside_goes_too(tmp_path: Path) -> None:
+    (tmp_path / "foreign.0" / "runs").mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    assert host_disk.remove_foreign(tmp_path, time.time() - 3600) == []
+    assert len(host_disk.remove_foreign(tmp_path, time.time() + 3600)) == 1
+    assert names(tmp_path) == {"runs"}
+
+
 def _is_free(lock: Path) -> bool:
     with lock.open() as other:
         try:

@@ -61,6 +61,23 @@ async def test_a_copied_directory_is_foreign_too(tmp_path: Path) -> None:
     assert await StateSessionFile(first, "machine", "boot").load() is not None
 
 
+async def test_the_runs_of_a_copied_directory_are_set_aside_with_its_session(tmp_path: Path) -> None:
+    """The shepherd of the copy would take the original's processes for remains of its own, and end them."""
+    first, copy = tmp_path / "first", tmp_path / "copy"
+    (first / "runs" / "a-1").mkdir(parents=True)
+    (first / "mirrors").mkdir()
+    file = StateSessionFile(first, "machine", "boot")
+    await file.save(ME)
+    assert file.set_aside_foreign() is None
+    for number in range(2):
+        shutil.copytree(first, copy, dirs_exist_ok=True)
+        assert StateSessionFile(copy, "machine", "boot").set_aside_foreign() == copy / f"foreign.{number}"
+        assert names(copy / f"foreign.{number}") == ["runs", "session.json"]
+        assert await StateSessionFile(copy, "machine", "boot").load() is None
+    assert names(copy) == ["foreign.0", "foreign.1", "mirrors"]
+    assert names(first) == ["mirrors", "runs", "session.json"]
+
+
 async def test_garbage_is_set_aside(tmp_path: Path) -> None:
     (tmp_path / "session.json").write_text("{")
     assert await StateSessionFile(tmp_path, "machine", "boot").load() is None
