@@ -65,7 +65,7 @@ from supervisor.messages import (
 )
 from supervisor.model.attempt_words import Crashed, Fenced, LeaseGone, Recorded, Release, Stalled, StopAsked
 from supervisor.model.attempt_words import Refused as EndRefused
-from supervisor.model.errors import BsupError
+from supervisor.model.errors import BsupError, Busy
 from supervisor.model.job import Lease, LeaseId, Me
 from supervisor.ports import Runner, Store, Verdict
 
@@ -109,7 +109,7 @@ class Dispatcher:
         self._ledger = Ledger()
         self._me: Me | None = None
         self._unchecked = 0
-        self._leaving = False
+        self._leaving = paused
         self._release_timer: asyncio.TimerHandle | None = None
         self._outbox = Outbox(store, on_verdict=self._on_verdict, on_refused=self._on_refused, rng=rng)
         self._reconciler = Reconciler(
@@ -186,6 +186,7 @@ class Dispatcher:
             case ReleaseAll(kill):
                 self._release_all(kill)
             case Drain(deadline):
+                self._leaving = True
                 self._drain(deadline)
             case StopClaiming():
                 self._leaving = True
@@ -222,7 +223,7 @@ class Dispatcher:
                 ask.answer(None)
             case AskResume():
                 if self._leaving:
-                    ask.fail(BsupError("the daemon is about to end: it takes no job any more"))
+                    ask.fail(Busy("the daemon is about to end: it takes no jobs any more"))
                     return
                 self._stop_release_timer()
                 self._claimer.paused = False
@@ -253,7 +254,9 @@ class Dispatcher:
         problems = []
         if self._outbox.is_waiting:
             problems.append(f"{self._outbox.depth} ends of jobs wait to be recorded: the database does not take them")
-        if self._claimer.paused:
+        if self._leaving:
+            problems.append("this host's daemon is about to end: it takes no new jobs")
+        elif self._claimer.paused:
             problems.append("this host is draining: it takes no new jobs; `bsup resume` ends that")
         if self._reconciler.is_killing:
             problems.append("processes of jobs whose lease is gone are being killed")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supervisor.messages import AskActors, AskDrain, AskResume, AskRunning, AskStatus, AskStop, ReloadAsked
+from supervisor.model.errors import Busy
 from supervisor.model.job import Outcome, Phase, State
 from supervisor.model.lifecycle import JobEvent, apply
 from supervisor.ports import StopOrder
@@ -401,6 +402,19 @@ async def test_drain_and_resume_by_command(store: FakeStore, daemon: Daemon) -> 
     assert not daemon.host.history and not daemon.task.done()  # type: ignore[union-attr]
     await daemon.at.dispatcher.ask(AskResume(), 1)
     await until(lambda: all_final(store))
+
+
+async def test_a_daemon_that_was_told_to_end_is_not_resumed(store: FakeStore, daemon: Daemon) -> None:
+    daemon.host.script = Script([(50.0, 0)])
+    store.add(1)
+    await until(lambda: bool(daemon.host.running()))
+    daemon.terminate()
+    await asyncio.sleep(1)
+    with pytest.raises(Busy, match="about to end"):
+        await daemon.at.dispatcher.ask(AskResume(), 1)
+    store.add(1)
+    assert await daemon.end() == 0
+    assert [job.life.state for job in store.jobs.values()] == [State.SUCCEEDED, State.READY]
 
 
 async def test_every_core_actor_answers_without_a_database(store: FakeStore) -> None:
