@@ -44,7 +44,7 @@ _COLUMNS = (
 )
 
 _DID = {
-    "canceled": "canceled; it had not begun",
+    "canceled": "canceled: nothing of it runs",
     "stopping": "stopping",
     "unavailable": "not stopped: the database is away, and it does not run on this host",
 }
