@@ -48,6 +48,8 @@ def judge(servers: list[ServerFacts], attrs: str, settings: Settings) -> list[Fi
     primaries = [server for server in servers if server.error is None and not server.in_recovery]
     for server in servers:
         found += _server(server, several=len(servers) > 1, needed=not primaries)
+    if not primaries and all(server.error is not None for server in servers):
+        return found  # Each says why it can't be reached; whether one takes writes nobody knows.
     if not primaries:
         found.append(_fail("no server of the DSN takes writes", "promote one, or correct the hosts in database.dsn"))
     elif len(primaries) > 1:

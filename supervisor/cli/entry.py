@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 from supervisor.cli import parser
-from supervisor.cli.exits import Exit, code_and_hint
+from supervisor.cli.exits import Exit, code_and_hint, in_words
 from supervisor.cli.terminal import Terminal
 from supervisor.model.errors import BsupError
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BsupError as error:
         code, hint = code_and_hint(error)
-        terminal.error(str(error), hint)
+        terminal.error(in_words(error), hint)
         return int(code)
     except KeyboardInterrupt:
         terminal.clear_live()

@@ -92,6 +92,12 @@ def code_and_hint(error: BsupError) -> tuple[Exit, str]:
             return Exit.ERROR, ""
 
 
+def in_words(error: BsupError) -> str:
+    """The error as it is printed. A driver's bare "connection refused" would be taken for the daemon's socket."""
+    text = str(error)
+    return text if not isinstance(error, StoreUnavailable) or "database" in text else f"the database is away: {text}"
+
+
 def mirrored(job: JobView) -> int:
     """The exit code that stands for a job's end: its own, 128+n for signal n, 1 where it failed without one."""
     if job.state == "succeeded":

@@ -15,6 +15,8 @@ REASONS = {
     "timeout": "it took longer than its timeout",
     "stop": "it was stopped",
     "step": "a step of it failed",
+    "exec": "a command of it could not be started",
+    "host": "the host could not prepare it",
     "lease": "its host held the lease no more",
     "orphan": "it was claimed, and never begun",
     "invalid": "the host could not make sense of it",

@@ -233,6 +233,13 @@ def test_a_steps_number_is_the_one_that_lists_show(bsup: Bsup, daemon: FakeDaemo
         assert bsup("logs", 7, "--step", beyond).code == 2
 
 
+def test_a_database_that_is_away_is_not_taken_for_the_daemons_socket(bsup: Bsup, daemon: FakeDaemon) -> None:
+    daemon.answers["Show"] = fails(StoreUnavailable("connect: [Errno 111] Connection refused"))
+    done = bsup("show", 7)
+    assert done.code == 1
+    assert "error: the database is away: connect:" in done.err
+
+
 def test_a_steps_number_is_known_without_the_database(bsup: Bsup, daemon: FakeDaemon) -> None:
     daemon.answers["Show"] = fails(StoreUnavailable("away"))
     daemon.answers["Logs"] = replies(LogsReply(end=end(0)))

@@ -60,7 +60,7 @@ def test_doctor_fails_for_what_the_daemon_cannot_do_without(bsup: Bsup, daemon: 
     done = bsup("doctor", "--dsn", "postgresql://u:hunter2@127.0.0.1:1,127.0.0.1:2/x", "--state", tmp_path, "--json")
     assert done.code == 1
     found = findings(done)["database"]
-    assert [level for level, _ in found] == ["fail"] * 3
+    assert [level for level, _ in found] == ["fail"] * 2
     assert "127.0.0.1:2: connection refused" in found[1][1].lower()
     assert "hunter2" not in done.out
     config = tmp_path / "bsup.toml"
@@ -119,6 +119,11 @@ def test_what_the_servers_say(servers: list[ServerFacts], attrs: str, level: Lev
     assert [one.level for one in hits] == [level], found
     if level is Level.OK:
         assert {one.level for one in found} == {Level.OK}
+
+
+def test_servers_that_can_not_be_reached_are_not_called_standbys() -> None:
+    found = doctor_database.judge([server("db1", error="connection refused")], "any", Settings())
+    assert [(one.level, one.text) for one in found] == [(Level.FAIL, "db1: connection refused")]
 
 
 def test_isolation_minds_what_the_jobs_uids_could_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
