@@ -255,7 +255,7 @@ class Dispatcher:
         if self._outbox.is_waiting:
             problems.append(f"{self._outbox.depth} ends of jobs wait to be recorded: the database does not take them")
         if self._leaving:
-            problems.append("this host's daemon is about to end: it takes no new jobs")
+            problems.append("this host is draining, then its daemon ends: it takes no new jobs")
         elif self._claimer.paused:
             problems.append("this host is draining: it takes no new jobs; `bsup resume` ends that")
         if self._reconciler.is_killing:
