@@ -129,11 +129,12 @@ class Reaped(msgspec.Struct, frozen=True):
 
 
 class StopResult(msgspec.Struct, frozen=True):
-    """What a stop did: ``canceled`` at once (it was not running), ``stopping`` (its host was told), or the job's final
-    state."""
+    """What a stop did: ``canceled`` at once (it was not running), ``stopping`` (its host was told); or the final state
+    that the job had before, then ``is_over``."""
 
     job: int
     did: str
+    is_over: bool = False
 
 
 class StoredLog(msgspec.Struct, frozen=True):

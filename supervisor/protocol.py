@@ -332,7 +332,7 @@ class StopParams(Parameters):
 
 
 class StopReply(msgspec.Struct, kw_only=True):
-    """did: canceled (it had not begun), stopping (its host was told), a final state (it was over), or unavailable.
+    """did: canceled (it did not run), stopping (its host was told), unavailable; with is_over: the final state it had.
 
     unavailable: the database is away and it does not run here; nothing was done, and the call ends with
     StoreUnavailable. recorded: the database knows of the stop.
@@ -340,6 +340,7 @@ class StopReply(msgspec.Struct, kw_only=True):
 
     id: int | None = None
     did: str | None = None
+    is_over: bool = False
     recorded: bool = True
 
 

@@ -167,7 +167,8 @@ class Calls:
             found, results = await self._stop(jobs, asked, peer)
         for job in jobs:
             if results is not None:
-                yield StopReply(id=job, did=results[job].did if job in results else "stopping")
+                result = results.get(job) or StopResult(job, "stopping")
+                yield StopReply(id=job, did=result.did, is_over=result.is_over)
             else:
                 yield StopReply(id=job, did="stopping" if job in found else "unavailable", recorded=False)
         if results is None and (missed := [job for job in jobs if job not in found]):

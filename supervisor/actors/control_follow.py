@@ -135,7 +135,7 @@ class Following:
         if wanted.isascii() and wanted.isdigit() and (not names or int(wanted) < len(names)):
             return int(wanted)
         if not names:
-            raise StoreUnavailable("the database is away: name the step by its index (0 is the first)")
+            raise StoreUnavailable("the database is away: name the step by its number")
         raise InvalidInput("step", f"job {asked.id} has no step {wanted!r}", ", ".join(names))
 
     async def _records(

@@ -133,6 +133,8 @@ class Keeper:
                     self._again.set()
             case Draining(on):
                 self._draining = on
+                # Other hosts' users see it now, not at the next turn.
+                tasks.create_task(self._renew_now())
             case _:
                 assert_never(message)
 
@@ -238,6 +240,9 @@ class Keeper:
             else:
                 tries += 1
                 wait = patience(tries, self._rng, cap=max(0.5, self._terms.renew / 2))
+
+    async def _renew_now(self) -> None:
+        await self._renew_once()
 
     async def _renew_once(self) -> bool:
         me = self._me

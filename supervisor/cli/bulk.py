@@ -58,20 +58,20 @@ def stop(args: Namespace, terminal: Terminal) -> int:
             for reply in daemon.stream("Stop", StopParams(ids=some, grace=args.grace, kill=args.kill), StopReply):
                 if reply.id is None or reply.did is None:
                     continue
-                hit += reply.did in ("canceled", "stopping")
+                hit += reply.did in ("canceled", "stopping") and not reply.is_over
                 failed += reply.did == "unavailable"
-                _say_stop(terminal, reply.id, reply.did, reply.recorded)
+                _say_stop(terminal, reply.id, reply.did, reply)
     if failed:
         return Exit.ERROR
     return Exit.OK if hit else Exit.NOTHING
 
 
-def _say_stop(terminal: Terminal, job: int, did: str, recorded: bool) -> None:
+def _say_stop(terminal: Terminal, job: int, did: str, reply: StopReply) -> None:
     if terminal.json:
-        terminal.object({"id": job, "did": did, "recorded": recorded})
+        terminal.object({"id": job, "did": did, "is_over": reply.is_over, "recorded": reply.recorded})
         return
-    words = _DID.get(did, f"was over already: {terminal.state(did)}")
-    late = "" if recorded or did == "unavailable" else " (the database is away: recorded when it is back)"
+    words = f"was over already: {terminal.state(did)}" if reply.is_over else _DID.get(did, did)
+    late = "" if reply.recorded or did == "unavailable" else " (the database is away: recorded when it is back)"
     terminal.line(f"{job} {words}{late}")
 
 

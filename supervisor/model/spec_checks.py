@@ -120,7 +120,7 @@ def unknown_key(path: str, key: str, struct: type[msgspec.Struct] | None) -> Inv
     keys = struct.__struct_encode_fields__ if struct else ()
     near = difflib.get_close_matches(key, keys, n=1)
     hint = f"; did you mean `{near[0]}`?" if near else ""
-    return InvalidInput(_join(path, key[:80]), "is not a known key" + hint, ", ".join(sorted(keys)))
+    return InvalidInput(_join(path, key[:80] or '""'), "is not a known key" + hint, ", ".join(sorted(keys)))
 
 
 def _join(path: str, key: str) -> str:

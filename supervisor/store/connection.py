@@ -7,6 +7,7 @@ that none starves another. Used by ``pg`` and ``listen``. Nothing here retries a
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -22,6 +23,8 @@ from supervisor.store import dsn as dsns
 from supervisor.store.faults import FAULTS, breaks_connection, translate
 from supervisor.store.statements import STATEMENTS
 
+log = logging.getLogger("supervisor.store")
+
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 NO_SETTINGS: Mapping[str, str] = {}
@@ -36,6 +39,7 @@ class Health:
 
     def __init__(self) -> None:
         self.available = False
+        self.was_available = False
         self.since = datetime.now(UTC)
         self.error: str | None = "not connected yet"
         self.server: str | None = None
@@ -47,10 +51,14 @@ class Health:
         self.round_trips += 1
         self.last_round_trip = seconds
         if not self.available:
-            self.available, self.since, self.error = True, datetime.now(UTC), None
+            if self.was_available:
+                away = (datetime.now(UTC) - self.since).total_seconds()
+                log.info("the database is back after %.1f s", away)
+            self.available, self.since, self.error, self.was_available = True, datetime.now(UTC), None, True
 
     def failed(self, error: StoreUnavailable) -> None:
         if self.available:
+            log.warning("the database is away: %s", error)
             self.available, self.since = False, datetime.now(UTC)
         self.error = str(error)
 
@@ -189,7 +197,7 @@ class Link:
             if not connection.is_closed():
                 return connection
         connection = await self._connector.connect(self._settings)
-        self._health.server = "PostgreSQL {0.major}.{0.minor}".format(connection.get_server_version())
+        self._health.server = f"PostgreSQL {connection.get_settings().server_version.split()[0]}"
         return connection
 
     def _put_back(self, connection: Connection, keep: bool) -> None:

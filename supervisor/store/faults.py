@@ -51,7 +51,9 @@ def translate(error: BaseException, doing: str) -> BsupError:
         return InvalidInput(error.column_name, error.detail or message, error.hint or "")
     if state.startswith("22"):
         # Not the message: it may quote the value.
-        return InvalidInput("input", f"the database can't take it (SQLSTATE {state})")
+        return InvalidInput(
+            "input", f"{doing}: the database can't take a value (SQLSTATE {state})", "text without NULs"
+        )
     if state.startswith(_NO_SCHEMA):
         return StoreUnavailable(
             f"the database lacks bsup's schema, or has an older one: run `bsup migrate` ({message})"

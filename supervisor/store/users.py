@@ -88,7 +88,7 @@ class Users:
     async def stop(self, jobs: Sequence[int], *, grace: float | None, kill: bool, by: str) -> list[StopResult]:
         """In the order of the ids. All or, if one is unknown, none."""
         rows = await self._users.rows("stop", list(jobs), grace, kill, by)
-        return [StopResult(row["job_id"], row["did"]) for row in rows]
+        return [StopResult(row["job_id"], row["did"], row["is_over"]) for row in rows]
 
     async def retry(self, jobs: Sequence[int], *, by: str) -> list[JobRow]:
         """All or none. Raises UnknownJob, WrongState."""

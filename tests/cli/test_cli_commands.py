@@ -310,15 +310,15 @@ def test_attempts(bsup: Bsup, daemon: FakeDaemon) -> None:
 
 
 def test_stop_says_what_it_did(bsup: Bsup, daemon: FakeDaemon) -> None:
-    daemon.answers["Stop"] = replies(StopReply(id=7, did="stopping"), StopReply(id=8, did="succeeded"))
+    daemon.answers["Stop"] = replies(StopReply(id=7, did="stopping"), StopReply(id=8, did="canceled", is_over=True))
     done = bsup("stop", 7, 8, "--grace", "1m", "--kill")
-    assert (done.code, done.out) == (0, "7 stopping\n8 was over already: succeeded\n")
+    assert (done.code, done.out) == (0, "7 stopping\n8 was over already: canceled\n")
     asked = daemon.asked("Stop")[0]
     assert (asked.ids, asked.grace, asked.kill) == ([7, 8], 60.0, True)
 
 
 def test_stop_of_what_is_over_is_exit_3(bsup: Bsup, daemon: FakeDaemon) -> None:
-    daemon.answers["Stop"] = replies(StopReply(id=8, did="succeeded"))
+    daemon.answers["Stop"] = replies(StopReply(id=8, did="canceled", is_over=True))
     assert bsup("stop", 8).code == 3
 
 

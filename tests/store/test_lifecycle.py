@@ -298,13 +298,13 @@ class TestStopping:
         (job,) = await add(store)
         (child,) = await add(store, after=[job])
         (result,) = await store.stop([job], grace=None, kill=False, by="ann")
-        assert result.did == "canceled"
+        assert (result.did, result.is_over) == ("canceled", False)
         assert [(row.state, row.reason) for row in await store.states([job, child])] == [
             (State.CANCELED, "stop"),
             (State.CANCELED, "upstream"),
         ]
         (result,) = await store.stop([job], grace=None, kill=False, by="ann")
-        assert result.did == "canceled"
+        assert (result.did, result.is_over) == ("canceled", True)
         assert [event.type for event in await store.events(0)] == ["stop"]
 
     async def test_the_host_of_a_running_job_is_told(self, store: PgStore) -> None:

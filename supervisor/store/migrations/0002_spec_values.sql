@@ -32,7 +32,7 @@ BEGIN
     END IF;
     FOR k IN SELECT jsonb_object_keys(v) LOOP
         IF k <> ALL (known) THEN
-            PERFORM bsup.refuse(CASE WHEN field = '' THEN '' ELSE field || '.' END || left(k, 80),
+            PERFORM bsup.refuse(CASE WHEN field = '' THEN '' ELSE field || '.' END || coalesce(nullif(left(k, 80), ''), '""'),
                                 'is not a known key', array_to_string(known, ', '));
         END IF;
     END LOOP;

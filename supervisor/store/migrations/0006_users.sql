@@ -14,9 +14,9 @@ BEGIN
 END $$;
 
 -- Stops jobs: what does not run is canceled, the host of what runs is told. Returns for each 'canceled', 'stopping', or the
--- final state it already had. Asked again, a stop only gets harder: a shorter grace, a kill.
+-- final state it already had (then is_over). Asked again, a stop only gets harder: a shorter grace, a kill.
 CREATE FUNCTION bsup.stop_jobs(p_jobs bigint[], p_grace double precision, p_kill boolean, p_by text)
-RETURNS TABLE (job_id bigint, did text)
+RETURNS TABLE (job_id bigint, did text, is_over boolean)
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
@@ -66,7 +66,8 @@ BEGIN
         IF did IS NULL THEN
             PERFORM bsup.refuse_job(job_id, 'unknown', '');
         END IF;
-        IF did IN ('canceled', 'stopping') AND (did = 'stopping' OR stop_jobs.job_id = ANY (v_canceled)) THEN
+        is_over := did <> 'stopping' AND stop_jobs.job_id <> ALL (v_canceled);
+        IF NOT is_over THEN
             INSERT INTO bsup.event (at, job_id, type, detail) VALUES (v_now, stop_jobs.job_id, 'stop', jsonb_build_object(
                 'by', p_by, 'grace', p_grace, 'kill', p_kill, 'did', did));
         END IF;

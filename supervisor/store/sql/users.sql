@@ -71,7 +71,7 @@ FROM bsup.step s WHERE s.job_id = $1 ORDER BY s.attempt, s.idx;
 
 -- name: stop
 -- Stops jobs; see bsup.stop_jobs.
-SELECT job_id, did FROM bsup.stop_jobs($1, $2, $3, $4);
+SELECT job_id, did, is_over FROM bsup.stop_jobs($1, $2, $3, $4);
 
 -- name: retry
 -- Retries jobs; see bsup.retry_jobs.
