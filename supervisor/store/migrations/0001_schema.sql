@@ -111,8 +111,10 @@ CREATE TABLE bsup.lease (
         autovacuum_analyze_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 0);
 
 -- How each generation of a job ended. A row never changes, but for retried_at: when a retry opened the next generation.
+-- ended_at is when its work ended, by its host's clock; recorded_at, by the database's, is what retention goes by.
 CREATE TABLE bsup.finished (
     job_id     bigint NOT NULL,
+    recorded_at timestamptz NOT NULL DEFAULT bsup.clock(),
     ended_at   timestamptz NOT NULL,
     started_at timestamptz,
     session    uuid,
@@ -133,7 +135,7 @@ CREATE TABLE bsup.finished (
     retried_at timestamptz,
     PRIMARY KEY (job_id, generation)
 ) WITH (autovacuum_vacuum_insert_scale_factor = 0.1);
-CREATE INDEX finished_ended ON bsup.finished (ended_at);
+CREATE INDEX finished_recorded ON bsup.finished (recorded_at);
 -- Few jobs end otherwise than succeeded; this keeps listing them off a walk through all that did.
 CREATE INDEX finished_otherwise ON bsup.finished (job_id) WHERE state <> 'succeeded';
 

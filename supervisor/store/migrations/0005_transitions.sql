@@ -155,7 +155,7 @@ BEGIN
                     WHEN c.became = 'canceled' AND c.outcome <> 'canceled' THEN 'stop'
                     WHEN c.became = 'canceled' THEN coalesce(c.reason, 'stop')
                     ELSE c.reason END,
-               c.started_at, v_now, p_host, p_session, c.counter
+               c.started_at, least(c.ended_at, v_now), p_host, p_session, c.counter
         FROM counted c WHERE c.became IN ('succeeded', 'failed', 'canceled')
     ), again AS (
         INSERT INTO bsup.ready (job_id, need_id, priority, loss_budget, cpu, memory, alone, generation, revision, attempt,

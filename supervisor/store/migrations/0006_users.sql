@@ -179,8 +179,8 @@ DECLARE
     v_before constant timestamptz := bsup.clock() - make_interval(secs => p_retention);
     v_jobs bigint[];
 BEGIN
-    v_jobs := ARRAY(SELECT f.job_id FROM bsup.finished f WHERE f.ended_at < v_before AND f.retried_at IS NULL
-                    ORDER BY f.ended_at LIMIT p_limit FOR UPDATE SKIP LOCKED);
+    v_jobs := ARRAY(SELECT f.job_id FROM bsup.finished f WHERE f.recorded_at < v_before AND f.retried_at IS NULL
+                    ORDER BY f.recorded_at LIMIT p_limit FOR UPDATE SKIP LOCKED);
     PERFORM bsup.forget(v_jobs);
     DELETE FROM bsup.event e WHERE e.id = ANY (ARRAY(
         SELECT o.id FROM bsup.event o
