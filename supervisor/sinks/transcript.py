@@ -345,4 +345,12 @@ class Transcript:
         if len(whole) < len(raw):  # killed while it wrote: that note was never answered for
             with path.open("r+b") as file:
                 file.truncate(len(whole))
-        return [msgspec.json.decode(line, type=Note) for line in whole.splitlines()]
+        return [_note_of(line) for line in whole.splitlines()]
+
+
+def _note_of(line: bytes) -> Note:
+    """One that is damaged keeps its place, as notes are counted, and keeps nobody from the rest of the log."""
+    try:
+        return msgspec.json.decode(line, type=Note)
+    except msgspec.MsgspecError:
+        return Note(0, 0, 0.0, "a note of bsup's own is damaged")

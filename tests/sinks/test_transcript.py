@@ -290,3 +290,24 @@ def test_a_log_made_with_kills_is_the_log_made_without(events: list[object], lim
                 assert joined(mine, stream) == redacted(data)
         assert [r.step for r in found] == sorted(r.step for r in found)
         assert joined(found).count(b"[bsup: noted]") == events.count("note")
+
+
+def test_a_damaged_note_keeps_nobody_from_the_rest_of_the_log(tmp_path: Path) -> None:
+    lease = a_lease()
+    transcript = make(tmp_path, lease)
+    step = FakeStep(tmp_path, lease, 0)
+    step.write(Stream.OUT, b"out\n")
+    transcript.begin(0)
+    transcript.note(0, "the first", 1.0)
+    transcript.note(0, "the second", 2.0)
+    notes = tmp_path / "runs" / str(lease.id) / "notes"
+    _, second = notes.read_bytes().splitlines(keepends=True)
+    notes.write_bytes(b"{\n" + second)
+    again = make(tmp_path, lease)
+    again.end(0)
+    run_out(again)
+    assert again.is_settled
+    log = local_log(tmp_path, lease)
+    assert b"out\n" in log
+    assert log.endswith(b"[bsup: the second]\n")
+    assert log.count(b"[bsup: a note of bsup's own is damaged]\n") == 1
