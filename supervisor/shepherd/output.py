@@ -202,7 +202,10 @@ class Output:
                 self._unsaid.clear()
 
     def _mend(self) -> None:
-        """Adds the records of bytes that were spliced and not yet indexed when the shepherd was killed."""
+        """Adds the records of bytes that were spliced and not yet indexed when the shepherd was killed; drops a torn
+        one."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._index, self._index_size)
         said = {1: 0, 2: 0}
         cut = set()
         at = 0

@@ -128,7 +128,8 @@ def test_a_fork_bomb_is_ended(yard: Yard) -> None:
     yard.word()
     yard.link.ask(do="stop", dir=str(step.parent), grace=0, kill=True)
     ended = yard.ended(step)
-    assert ended.how == (None, 9, "stop")
+    # A shell whose child was killed before it may still say so: 128 + 9.
+    assert ended.how in ((None, 9, "stop"), (137, None, "stop"))
 
 
 @pytest.mark.root

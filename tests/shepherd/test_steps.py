@@ -56,7 +56,12 @@ def test_the_environment_is_the_specs_and_no_other(yard: Yard) -> None:
     workspace = yard.state / "work" / "r-1"
     found = dict(line.split("=", 1) for line in ended.out.decode().splitlines())
     assert found.pop("PATH").startswith("/usr/local/sbin:")
-    assert found == {"A": "1", "BSUP_RUN": "token-r-1-0", "HOME": f"{workspace}/home", "TMPDIR": f"{workspace}/tmp"}
+    assert found == {
+        "A": "1",
+        "BSUP_RUN": f"{yard.token}-r-1-0",
+        "HOME": f"{workspace}/home",
+        "TMPDIR": f"{workspace}/tmp",
+    }
 
 
 def test_no_privilege_can_be_gained(yard: Yard) -> None:
@@ -74,9 +79,9 @@ def test_it_runs_as_its_own_uid_in_its_own_workspace(uid_yard: Yard) -> None:
 @pytest.mark.root
 def test_tmp_is_private_and_gone_with_the_workspace(uid_yard: Yard) -> None:
     first = uid_yard.run("echo secret > /tmp/x-$BSUP_RUN && ls /tmp | grep x-; pwd", private_tmp=True)
-    assert first.out.decode().splitlines()[0] == "x-token-r-1-0"
+    assert first.out.decode().splitlines()[0] == f"x-{uid_yard.token}-r-1-0"
     assert first.out.decode().splitlines()[1] == f"{uid_yard.state}/work/r-1/src"
-    assert not Path("/tmp/x-token-r-1-0").exists()
+    assert not Path(f"/tmp/x-{uid_yard.token}-r-1-0").exists()
     assert json.loads((first.step / "started").read_text())["private_tmp"] is True
     second = uid_yard.run("ls -A /tmp | grep x-; echo $TMPDIR", run="r-2", number=1, private_tmp=True)
     assert second.out == b"/tmp\n"

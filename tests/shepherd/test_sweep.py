@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from yard import Ended, Yard, end, is_alive
+from yard import RECORD, Ended, Yard, end, is_alive, until
 
 from supervisor.shepherd.fence import boot_id
 
@@ -41,7 +41,8 @@ def test_main_processes_die_with_it_and_their_children_at_the_next_start(uncheck
     assert ended.out == b"from the child\n"
     assert not (step / "fifo.out").exists()
     assert yard.link.ask(do="start", dir=str(step))["again"] is True, "it may have run: it never starts again"
-    assert yard.run("echo next", index=1).out == b"next\n"
+    after = yard.run("echo next", index=1)
+    assert (after.out, after.how) == (b"next\n", (0, None, None)), (after.exit, after.closed)
 
 
 def test_a_step_that_was_closed_is_left_as_it_is(unchecked: Yard) -> None:
@@ -76,13 +77,16 @@ def test_damaged_files_of_a_step_keep_no_shepherd_from_beginning(unchecked: Yard
 
 
 def test_output_that_was_not_yet_indexed_is(unchecked: Yard) -> None:
-    ended = unchecked.run("echo 1; sleep 0.1; echo 2")
+    step = unchecked.start("echo 1; read x < $GO; echo 2")
+    index = step / "idx"
+    until(lambda: index.exists() and index.stat().st_size == RECORD.size, "the first line is indexed")
+    unchecked.go()
+    ended = unchecked.ended(step)
     (ended.step / "closed").unlink()
     (ended.step / "exit").unlink()
     for name in ("fifo.out", "fifo.err"):
         os.mkfifo(ended.step / name)
-    index = ended.step / "idx"
-    index.write_bytes(index.read_bytes()[:17] + b"torn")
+    index.write_bytes(index.read_bytes()[: RECORD.size] + b"torn")
     kill_shepherd(unchecked)
     unchecked.launch()
     mended = Ended(ended.step)

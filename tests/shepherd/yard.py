@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -16,6 +17,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,10 @@ class Yard:
         self.as_uid = as_uid
         self.with_uids = with_uids
         self.linger = linger
+        # Of this worker alone: while a test's shepherd is down no other one takes its place.
+        self.uid_base = UID_BASE + 10_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        # Random as in life: a shepherd ends all that carries its steps' tokens, also what another test has started.
+        self.token = f"token-{secrets.token_hex(8)}"
         self.fence(3600)
         self._words = self._make_fifo("words")
         self._go = self._make_fifo("go")
@@ -49,7 +55,7 @@ class Yard:
     def launch(self) -> int:
         """Starts the shepherd; returns its pid when it listens."""
         options = ["--detach", f"--state={self.state}", f"--linger={self.linger}"]
-        options += [f"--uid-base={UID_BASE}", f"--uid-count={UID_COUNT if self.with_uids else 0}"]
+        options += [f"--uid-base={self.uid_base}", f"--uid-count={UID_COUNT if self.with_uids else 0}"]
         if self.as_uid is None:
             subprocess.run([sys.executable, "-I", "-S", str(SHEPHERD), *options], check=True, timeout=PATIENCE)
         else:
@@ -86,7 +92,7 @@ class Yard:
         (self.state / "fence.new").rename(self.state / "fence")
 
     def uid(self, number: int = 0) -> int | None:
-        return UID_BASE + number if self.with_uids else None
+        return self.uid_base + number if self.with_uids else None
 
     def real_uid(self, number: int = 0) -> int:
         """What the system calls it: another shepherd may have the range that was asked for."""
@@ -114,7 +120,7 @@ class Yard:
             "timeout": None,
             "grace": 10.0,
             "max_output": 1 << 30,
-            "token": f"token-{run}-{index}",
+            "token": f"{self.token}-{run}-{index}",
             "private_tmp": False,
         }
         (step / "spec").write_text(json.dumps(base | spec))
@@ -263,6 +269,14 @@ def end(pid: int, number: signal.Signals | None = None) -> None:
         assert ready, f"process {pid} lives on"
     finally:
         os.close(handle)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Waits for something outside, bounded by the tests' patience."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.01)  # a poll of a file that another process writes
 
 
 def is_alive(pid: int) -> bool:
