@@ -36,7 +36,7 @@ class Shipment(msgspec.Struct, eq=False):
     ``entries`` are the committed entries of its local copy, told by the pump. ``stored`` is how much the database has
     (None: to be asked), ``sent`` where the next chunk begins, ``cursor`` how far the copy was looked through: ahead of
     ``sent`` while pieces are left out. ``is_refused``: the lease is not ours any more; nothing more is shipped.
-    ``is_forgotten``: the attempt was closed.
+    ``is_forgotten``: the attempt was closed. ``problem``: why its copy could not be read the last time.
     """
 
     lease: LeaseId
@@ -49,6 +49,7 @@ class Shipment(msgspec.Struct, eq=False):
     cursor: Cursor = msgspec.field(default_factory=lambda: Cursor(0))
     is_refused: bool = False
     is_forgotten: bool = False
+    problem: str | None = None
 
     @property
     def is_due(self) -> bool:
@@ -146,8 +147,11 @@ def _cut_batch(shipments: list[Shipment]) -> tuple[list[tuple[Shipment, LogChunk
         except OSError as error:
             # One unreadable copy must not hold up the others; it is tried again with each batch.
             shipment.cursor, shipment.sent = before
-            log.error("log of job %s attempt %s can't be read: %s", shipment.job, shipment.attempt, error)
+            if shipment.problem != str(error):
+                log.error("log of job %s attempt %s can't be read: %s", shipment.job, shipment.attempt, error)
+            shipment.problem = str(error)
             continue
+        shipment.problem = None
         room -= size
         if chunk is not None:
             batch.append((shipment, chunk))
