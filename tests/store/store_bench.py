@@ -6,13 +6,26 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+import anyio
 import asyncpg
 
-from supervisor.model.job import AttemptEnd, HostInfo, Lease, LeaseId, Me, Outcome, StepRecord
+from supervisor.model.job import AttemptEnd, EventRow, HostInfo, Lease, LeaseId, Me, Outcome, StepRecord
 from supervisor.ports import Room
 from supervisor.store.pg import PgStore
 
 TERM = 180.0
+
+
+async def told(store: PgStore, count: int) -> list[EventRow]:
+    """The events, once there are ``count``. They are told late while any transaction of the server is older, as
+    those of the tests beside this one may be; nothing tells of another test's commit, so it is asked for."""
+    events: list[EventRow] = []
+    for _ in range(1500):
+        events = await store.events(0)
+        if len(events) >= count:
+            break
+        await anyio.sleep(0.02)
+    return events
 
 
 async def advance(connection: asyncpg.Connection, seconds: float) -> None:

@@ -12,7 +12,7 @@ import pytest
 from supervisor.model.errors import SessionRefused, UnknownJob, WrongState
 from supervisor.model.job import Filter, LeaseId, Outcome, State, StepRecord, StepState
 from supervisor.store.pg import PgStore
-from tests.store.store_bench import TERM, Daemon, add, advance, end_of, host, pass_time, spec, stale
+from tests.store.store_bench import TERM, Daemon, add, advance, end_of, host, pass_time, spec, stale, told
 
 pytestmark = pytest.mark.anyio
 
@@ -305,7 +305,7 @@ class TestStopping:
         ]
         (result,) = await store.stop([job], grace=None, kill=False, by="ann")
         assert (result.did, result.is_over) == ("canceled", True)
-        assert [event.type for event in await store.events(0)] == ["stop"]
+        assert [event.type for event in await told(store, 1)] == ["stop"]
 
     async def test_the_host_of_a_running_job_is_told(self, store: PgStore) -> None:
         (job,) = await add(store)
@@ -420,7 +420,7 @@ class TestRetryingAndDeleting:
             await store.show(job)
         for table in ("job", "finished", "attempt", "step", "edge", "log", "log_chunk", "job_secret"):
             assert await sql.fetchval(f"SELECT count(*) FROM bsup.{table}") == 0, table
-        assert [event.type for event in await store.events(0)] == ["delete", "delete"]
+        assert [event.type for event in await told(store, 2)] == ["delete", "delete"]
 
     async def test_the_sweeper_deletes_what_ended_long_ago(self, store: PgStore, sql: asyncpg.Connection) -> None:
         old, retried, live = await add(store, 3)
@@ -488,7 +488,7 @@ class TestReading:
         await store.stop([second], grace=None, kill=False, by="ann")
         assert await store.events(0) == []
         await transaction.commit()
-        assert [event.job for event in await store.events(0)] == [first, second]
+        assert [event.job for event in await told(store, 2)] == [first, second]
         assert await store.events(await store.last_event()) == []
 
     async def test_hosts_tell_their_state(self, store: PgStore, sql: asyncpg.Connection) -> None:

@@ -8,7 +8,7 @@ import pytest
 from supervisor.model.errors import SessionRefused
 from supervisor.model.job import State
 from supervisor.store.pg import PgStore
-from tests.store.store_bench import TERM, Daemon, add, advance, host, pass_time
+from tests.store.store_bench import TERM, Daemon, add, advance, host, pass_time, told
 
 pytestmark = pytest.mark.anyio
 
@@ -40,7 +40,7 @@ class TestReaping:
         (row,) = await store.states([job])
         assert (row.state, row.losses) == (State.READY, 1)
         assert (await alive.claim_one()).job == job
-        assert [event.type for event in await store.events(0)] == ["session_expired", "loss"]
+        assert [event.type for event in await told(store, 2)] == ["session_expired", "loss"]
         assert [(h.name, h.leases) for h in await store.hosts()] == [("alive", 1)]
 
     async def test_no_more_than_the_limit_a_pass_and_the_session_until_the_last(
@@ -127,7 +127,7 @@ class TestPulse:
         # The pulse is old now: even before anybody has noticed the jump, it does not count.
         assert (await store.reap()).sessions == []
         await store.pulse(TERM)
-        assert (await store.events(0))[-1].detail["reason"] == reason
+        assert (await told(store, 1))[-1].detail["reason"] == reason
         await pass_time(store, sql, TERM - 2)
         reaped = await store.reap()
         assert reaped.sessions == [] and reaped.reap_not_before is not None
@@ -145,7 +145,7 @@ class TestPulse:
         await store.pulse(TERM)
         reaped = await store.reap()
         assert reaped.sessions == [] and reaped.reap_not_before is not None
-        assert (await store.events(0))[-1].detail["reason"] == "new timeline"
+        assert (await told(store, 1))[-1].detail["reason"] == "new timeline"
 
     async def test_the_longest_term_of_a_session_counts(self, store: PgStore, sql: asyncpg.Connection) -> None:
         await Daemon.begin(store, term=1000.0)
