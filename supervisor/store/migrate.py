@@ -20,6 +20,10 @@ from supervisor.store.faults import FAULTS, translate
 
 # "bsup" as a number; the second key is 1 for migrations.
 LOCK = (1651733872, 1)
+# Not to_regclass: it may answer from a cache that the wait for an advisory lock does not bring up to date.
+_HAS_MIGRATIONS = """
+    SELECT EXISTS (SELECT FROM pg_catalog.pg_tables WHERE schemaname = 'bsup' AND tablename = 'migration')
+"""
 _NAME = re.compile(r"(\d{4})_\w+\.sql")
 _OLDEST = re.compile(r"-- oldest: (\d+)\n")
 
@@ -61,7 +65,7 @@ def migrations() -> list[Migration]:
 async def pending(conn: Connection) -> list[str]:
     """Names of the migrations that the database lacks. SchemaError: it is too new, or was made by other files."""
     try:
-        if await conn.fetchval("SELECT to_regclass('bsup.migration')") is None:
+        if not await conn.fetchval(_HAS_MIGRATIONS):
             return [one.name for one in migrations()]
         rows = await conn.fetch("SELECT number, name, oldest, checksum FROM bsup.migration ORDER BY number")
     except FAULTS as error:
@@ -105,7 +109,7 @@ async def _apply(conn: Connection, one: Migration) -> bool:
     async with conn.transaction():
         # Of the transaction, not of the session: PgBouncer gives each transaction another session.
         await conn.execute("SELECT pg_advisory_xact_lock($1, $2)", *LOCK)
-        if await conn.fetchval("SELECT to_regclass('bsup.migration')") is None:
+        if not await conn.fetchval(_HAS_MIGRATIONS):
             await conn.execute(
                 "CREATE SCHEMA IF NOT EXISTS bsup;"
                 "CREATE TABLE bsup.migration (number integer PRIMARY KEY, name text NOT NULL, oldest integer NOT NULL,"

@@ -70,10 +70,10 @@ def test_a_user_is_known_by_name_and_groups_and_one_without_an_entry_by_number()
 
 
 def test_what_the_kernel_alone_knows_gives_the_roles_of_numbers() -> None:
-    roles = Roles(operator=[4242], admin=["nobody"])
+    roles = Roles(operator=[4242], admin=["daemon"])
     assert by_number(Credentials(1, 4242, 1), roles).role is Role.OPERATOR
     assert by_number(Credentials(1, 0, 0), roles).role is Role.ADMIN
-    assert by_number(Credentials(1, 65534, 65534), roles).role is None
+    assert by_number(Credentials(1, 1, 1), roles).role is None
 
 
 def test_credentials_come_from_the_kernel() -> None:
