@@ -134,7 +134,7 @@ class Keeper:
             case Draining(on):
                 self._draining = on
                 # Other hosts' users see it now, not at the next turn.
-                tasks.create_task(self._renew_now())
+                tasks.create_task(self._renew_once())
             case _:
                 assert_never(message)
 
@@ -240,9 +240,6 @@ class Keeper:
             else:
                 tries += 1
                 wait = patience(tries, self._rng, cap=max(0.5, self._terms.renew / 2))
-
-    async def _renew_now(self) -> None:
-        await self._renew_once()
 
     async def _renew_once(self) -> bool:
         me = self._me

@@ -14,17 +14,18 @@ from supervisor.protocol import LogsParams, LogStream, ShowParams, ShowReply
 
 def logs(args: Namespace, terminal: Terminal) -> int:
     watch = Watch(args, terminal)
+    has_headers = terminal.width is not None and not args.raw
+    is_number = args.step is not None and args.step.isascii() and args.step.isdigit()
+    spec = _spec_of(watch, args.id) if has_headers or is_number else {}
     params = LogsParams(
         id=args.id,
         attempt=args.attempt,
-        step=None if args.step is None else _step(watch, args.id, args.step),
+        step=_step(spec, args.id, args.step) if is_number else args.step,
         stream=None if args.stream is None else LogStream(args.stream),
         offset=args.since_offset or 0,
         follow=args.follow,
     )
-    steps = None
-    if terminal.width is not None and not args.raw:
-        steps = _steps_of(watch, args.id)
+    steps = count_steps(spec) if has_headers else None
     view = LogView(terminal, args.id, raw=args.raw, steps=steps, flush=args.follow)
     try:
         ended = follow_log(watch, view, params, live=terminal.is_live)
@@ -40,14 +41,10 @@ def logs(args: Namespace, terminal: Terminal) -> int:
     return Exit.OK
 
 
-def _step(watch: Watch, job: int, asked: str) -> str:
-    """What the daemon calls the step: its name, or its index, which counts from 0 where people see 1/3, 2/3, 3/3."""
-    if not (asked.isascii() and asked.isdigit()):
-        return asked
-    try:
-        spec = watch.call("Show", ShowParams(id=job), ShowReply).spec
-    except StoreUnavailable:
-        spec = {}
+def _step(spec: dict[str, Any], job: int, asked: str) -> str:
+    """What the daemon calls a step of this number: its name, if it is called so, or its index, which counts from 0
+    where people see 1/3, 2/3, 3/3.
+    """
     names = [step.get("name") for step in spec.get("steps", ())]
     if asked in names:
         return asked
@@ -57,16 +54,18 @@ def _step(watch: Watch, job: int, asked: str) -> str:
     return str(number - 1)
 
 
-def _steps_of(watch: Watch, job: int) -> int | None:
-    """How many steps the job's attempts have; None while nobody can say."""
+def _spec_of(watch: Watch, job: int) -> dict[str, Any]:
+    """The job's spec; an empty one while nobody can say."""
     try:
-        return count_steps(watch.call("Show", ShowParams(id=job), ShowReply).spec)
+        return watch.call("Show", ShowParams(id=job), ShowReply).spec
     except StoreUnavailable:
-        return None
+        return {}
 
 
 def count_steps(spec: dict[str, Any]) -> int | None:
-    """From a job's spec: its steps, and one of bsup's own where there is something to check out or to write."""
+    """From a job's spec (None from an empty one): its steps, and one of bsup's own where there is something to check
+    out or to write.
+    """
     steps = spec.get("steps")
     if not isinstance(steps, list):
         return None

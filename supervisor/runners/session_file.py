@@ -68,7 +68,8 @@ def lock_state(state: Path) -> StateLock:
 
 
 FOREIGN = "foreign"
-_OF_A_SESSION = ("session.json", "fence", "runs", "work", "logs")
+_OF_A_SESSION = ("logs", "work", "runs", "fence", "session.json")
+"""The session last: a move that is cut short leaves the rest to the next start."""
 
 
 class StateSessionFile:
@@ -86,12 +87,9 @@ class StateSessionFile:
         starts: it would end what the runs name."""
         if (stored := self._stored()) is None or self._is_ours(stored):
             return None
-        number = 0
-        while (aside := self._state / f"{FOREIGN}.{number}").exists():
-            number += 1
+        aside = self._first_free(f"{FOREIGN}.{{}}")
         aside.mkdir(mode=0o700)
-        # The session last: what comes between leaves the rest to the next start.
-        for name in reversed(_OF_A_SESSION):
+        for name in _OF_A_SESSION:
             with contextlib.suppress(FileNotFoundError):
                 (self._state / name).rename(aside / name)
         return aside
@@ -160,11 +158,14 @@ class StateSessionFile:
         return stored.machine_id == self._machine_id and stored.dir == self._directory()
 
     def _set_aside(self, why: str) -> None:
-        """Under the first free name: an older one set aside is evidence too."""
+        self._path.rename(self._first_free(f"session.{why}.{{}}.json"))
+
+    def _first_free(self, pattern: str) -> Path:
+        """``pattern`` with the lowest number that nothing has: an older one set aside is evidence too."""
         number = 0
-        while (aside := self._path.with_name(f"session.{why}.{number}.json")).exists():
+        while (aside := self._state / pattern.format(number)).exists():
             number += 1
-        self._path.rename(aside)
+        return aside
 
     def _directory(self) -> str:
         found = self._state.stat()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from cli_world import Done
 
 from supervisor.cli.configuration import facts, load
 from supervisor.cli.toml_text import to_toml
-from supervisor.model.settings import Git, GitCredential, Settings, decode, resolve
+from supervisor.model.settings import Git, GitCredential, Settings, decode
 
 Bsup = Callable[..., Done]
 
@@ -37,8 +38,8 @@ def test_show_reads_back_and_hides_passwords(bsup: Bsup, tmp_path: Path) -> None
     assert "hunter2" not in done.out
     shown = decode(done.out.encode())
     assert shown.database.dsn == "postgresql://bsup@db1,db2/x?target_session_attrs=read-write"
-    found = resolve(Settings(), facts())
-    assert (shown.host.slots, shown.control.socket) == (found.host.slots, found.control.socket)
+    run = "/run" if os.getuid() == 0 else facts().runtime_dir
+    assert (shown.host.slots > 0, shown.control.socket) == (True, f"{run}/bsup/control.sock")
     (line,) = bsup("config", "show", "--config", file, "--json").objects
     assert line["lease"] == {"renew": 10.0, "term": 180.0, "margin": 15.0}
 

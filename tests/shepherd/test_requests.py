@@ -38,8 +38,12 @@ def test_a_uid_is_one_runs_alone_while_it_lives(uid_yard: Yard) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("uid", [0, 1, UID_BASE - 1, UID_BASE + 90_000_000, None, -1, True, "0", 1.5])
+@pytest.mark.parametrize("uid", [0, 1, "one below", "one above", None, -1, True, "0", 1.5])
 def test_only_the_hosts_uids_are_given(uid_yard: Yard, uid: object) -> None:
+    if uid == "one below":
+        uid = uid_yard.uid_base - 1
+    elif uid == "one above":
+        uid = uid_yard.uid_base + UID_COUNT
     uid_yard.workspace()
     step = uid_yard.write_step("true", **{"uid": uid})
     answer = uid_yard.link.ask(do="start", dir=str(step))
