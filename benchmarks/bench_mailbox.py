@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from measured import Measured, measure_async
+from measured import Findings, measure_async
 
 from supervisor.mailbox import Lane, Mailbox, Request
 
@@ -61,10 +61,12 @@ async def ask() -> None:
         mailbox.close()
 
 
-async def run() -> list[Measured]:
+async def run(quick: bool) -> Findings:
     note = f"bursts of {BURST}"
-    return [
-        await measure_async("mailbox: tell and receive", "/s", MESSAGES, through_mailbox, note),
-        await measure_async("asyncio.Queue: put and get", "/s", MESSAGES, through_queue, note),
-        await measure_async("mailbox: ask and answer", "/s", ASKS, ask, "one after the other, with a deadline"),
-    ]
+    return Findings(
+        [
+            await measure_async("mailbox: tell and receive", "/s", MESSAGES, through_mailbox, note),
+            await measure_async("asyncio.Queue: put and get", "/s", MESSAGES, through_queue, note),
+            await measure_async("mailbox: ask and answer", "/s", ASKS, ask, "one after the other, with a deadline"),
+        ]
+    )

@@ -12,7 +12,7 @@ import shutil
 import time
 from pathlib import Path
 
-from measured import Measured, measure, measure_async, state_directory
+from measured import Findings, measure, measure_async, state_directory
 
 from supervisor.runners.shepherd_client import HintKind, ShepherdClient
 
@@ -93,7 +93,7 @@ class Yard:
         await self.closed[step].wait()
 
 
-async def run() -> list[Measured]:
+async def run(quick: bool) -> Findings:
     state = state_directory()
     try:
         yard = Yard(state)
@@ -109,4 +109,4 @@ async def run() -> list[Measured]:
         bare = measure("posix_spawn and wait of `true`", "/s", RUNS, spawn, f"{AT_ONCE} at once")
     finally:
         shutil.rmtree(state, ignore_errors=True)
-    return [found, bare]
+    return Findings([found, bare])

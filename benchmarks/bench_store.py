@@ -7,7 +7,7 @@ import json
 import shutil
 
 import asyncpg
-from measured import ROUNDS, Measured, measure_async, state_directory
+from measured import QUICK_REPEATS, Findings, Measured, measure_async, state_directory
 
 from supervisor.model.job import AttemptEnd, HostInfo, Lease, Me, Outcome
 from supervisor.ports import Room
@@ -81,7 +81,7 @@ def _end(lease: Lease) -> AttemptEnd:
     )
 
 
-async def run() -> list[Measured]:
+async def run(quick: bool) -> Findings:
     state = state_directory()
     try:
         dsn = embedded.ensure_running(state)
@@ -96,7 +96,7 @@ async def run() -> list[Measured]:
             found.append(
                 await measure_async("SQL: submit", "jobs/s", SUBMITTED, lambda: bench.fill(SUBMITTED), "one statement")
             )
-            return found
+            return Findings(found)
     finally:
         embedded.stop(state)
         shutil.rmtree(state, ignore_errors=True)
@@ -105,7 +105,7 @@ async def run() -> list[Measured]:
 async def _claims(bench: Bench) -> list[Measured]:
     found = []
     for batch, jobs in JOBS.items():
-        await bench.fill(jobs * ROUNDS)
+        await bench.fill(jobs * QUICK_REPEATS)
 
         async def work(batch: int = batch, jobs: int = jobs) -> None:
             await bench.drain(batch, jobs)
