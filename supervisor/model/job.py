@@ -79,6 +79,11 @@ class LeaseId(msgspec.Struct, frozen=True, order=True):
     def __str__(self) -> str:
         return f"{self.session}-{self.counter}"
 
+    @property
+    def epoch(self) -> int:
+        """Which take-up of the session made it; see ``Me``."""
+        return self.counter >> 32
+
     @classmethod
     def parse(cls, text: str) -> LeaseId:
         session, _, counter = text.rpartition("-")
@@ -100,7 +105,8 @@ class Me(msgspec.Struct, frozen=True):
 
 
 class HostInfo(msgspec.Struct, frozen=True):
-    """What a host says of itself when it opens or resumes its session."""
+    """What a host says of itself when it opens or resumes its session. ``kinds``: those its daemon runs; jobs of them
+    can be submitted from then on."""
 
     name: str
     labels: tuple[str, ...]
@@ -111,6 +117,7 @@ class HostInfo(msgspec.Struct, frozen=True):
     machine_id: str
     boot_id: str
     pid: int
+    kinds: tuple[str, ...] = ("steps",)
 
 
 class Lease(msgspec.Struct, frozen=True):

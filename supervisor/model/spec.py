@@ -1,7 +1,8 @@
 """A job's spec: what a job file holds, checked and made canonical. No I/O.
 
 May import msgspec and this floor. ``normalize`` is called where a job comes in (the command line, the control socket,
-the client), ``split_secrets`` where it is stored, ``decode_spec`` where a stored one is run.
+the client), ``split_secrets`` where it is stored, ``decode_spec`` where a stored one is run. Jobs of other kinds than
+``steps`` are those of ``spec_task``.
 
 The canonical form is a plain dict with the job file's own keys: durations are seconds, sizes bytes, lists sorted where
 order means nothing, defaults left out. ``normalize(normalize(x)) == normalize(x)``. Whatever the input, the only
@@ -17,6 +18,9 @@ import msgspec
 
 from supervisor.model.errors import InvalidInput
 from supervisor.model.spec_checks import (
+    DEFAULT_ATTEMPTS,
+    DEFAULT_BACKOFF,
+    DEFAULT_PRIORITY,
     check_credential,
     check_env,
     check_files,
@@ -24,23 +28,22 @@ from supervisor.model.spec_checks import (
     check_labels,
     check_names,
     check_plain,
+    check_ranges,
     check_redact,
     check_revision,
     check_secrets,
     explain,
     keys_of,
     known_only,
+    read_units,
     relative_dir,
 )
-from supervisor.model.units import parse_duration, parse_size
+from supervisor.model.spec_task import TaskSpec, decode_task, normalize_task
+from supervisor.model.units import parse_duration
 from supervisor.model.urls import check_url
 
 KIND = "steps"
 CHECKOUT = "checkout"
-DEFAULT_PRIORITY = 127
-DEFAULT_ATTEMPTS = 1
-DEFAULT_BACKOFF = 10.0
-MAX_BACKOFF = 600.0
 MAX_STEPS = 256
 
 
@@ -100,13 +103,21 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 
 def normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The canonical dict of a job as a user gives it, with the values of its secrets. Raises InvalidInput."""
+    """The canonical dict of a job as a user gives it, with the values of its secrets. Raises InvalidInput.
+
+    A kind other than ``steps`` may turn out not to exist: the database says so.
+    """
+    kind = raw.get("kind") if _is_mapping(raw) else None
+    if isinstance(kind, str) and kind != KIND:
+        check_plain(raw)
+        return normalize_task(raw)
     return _builtins(_read(raw, stored=False))
 
 
 def decode_spec(data: bytes | msgspec.Raw) -> JobSpec:
-    """The spec of a stored job. Checked in full again, as SQL's ``bsup.submit`` checks less. Raises InvalidInput.
+    """The spec of a stored job of kind ``steps``. Raises InvalidInput.
 
+    Checked in full again, as SQL's ``bsup.submit`` checks less.
     ``secrets`` may be a list of names, or a map of which the values don't count.
     """
     try:
@@ -125,6 +136,10 @@ def split_secrets(spec: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, st
     return shown, secrets, dict(spec.get("redact") or {})
 
 
+def _is_mapping(raw: object) -> bool:
+    return isinstance(raw, Mapping)
+
+
 def _builtins(spec: JobSpec) -> dict[str, Any]:
     # By way of JSON: tuples come back as lists, as they do from PostgreSQL, and the dict can be compared.
     plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(spec))
@@ -140,12 +155,12 @@ def _read(raw: object, *, stored: bool) -> JobSpec:
     if kind is None:
         raise InvalidInput("kind", "is missing", KIND)
     if isinstance(kind, str) and kind != KIND:
-        raise InvalidInput("kind", f"there is no kind {kind[:64]!r}", KIND)
+        raise InvalidInput("kind", f"is {kind[:64]!r}, which has no steps", KIND)
     # Every key that may be a secret's value is read before msgspec sees it: its messages may quote what they refuse.
     job["secrets"] = check_secrets(job.get("secrets"), stored=stored)
     job["redact"] = check_redact(None if stored else job.get("redact"))
     job["files"] = check_files(job.get("files"))
-    _units(job)
+    read_units(job)
     job["steps"] = _steps(job.get("steps"))
     job["repository"] = _repository(job.get("repository"))
     if job.get("name") is None:
@@ -155,15 +170,6 @@ def _read(raw: object, *, stored: bool) -> JobSpec:
     except msgspec.ValidationError as error:
         raise explain(str(error), {"": JobSpec, "steps[]": StepSpec, "repository": RepositorySpec}) from None
     return _checked(spec)
-
-
-def _units(job: dict[str, Any]) -> None:
-    if job.get("timeout") is not None:
-        job["timeout"] = parse_duration(job["timeout"], "timeout", zero=False)
-    if job.get("backoff") is not None:
-        job["backoff"] = parse_duration(job["backoff"], "backoff")
-    if job.get("memory") is not None:
-        job["memory"] = parse_size(job["memory"], "memory")
 
 
 def _steps(raw: object) -> object:
@@ -226,14 +232,7 @@ def _default_name(job: Mapping[str, Any]) -> object:
 
 def _checked(spec: JobSpec) -> JobSpec:
     """What types alone can't say; returns the spec with its paths, lists and names made canonical."""
-    if spec.priority < 0 or spec.priority > 255:
-        raise InvalidInput("priority", f"{_short(spec.priority)} is out of range", "0 to 255, higher first")
-    if spec.attempts < 1 or spec.attempts > 1000:
-        raise InvalidInput("attempts", f"{_short(spec.attempts)} is out of range", "1 to 1000")
-    if spec.backoff > MAX_BACKOFF:
-        raise InvalidInput("backoff", "is too long", f"at most {MAX_BACKOFF:g} seconds")
-    if not 0 <= spec.cpu <= 4096:
-        raise InvalidInput("cpu", "is out of range", "0 (not asked for) to 4096 cores")
+    check_ranges(spec.priority, spec.attempts, spec.backoff, spec.cpu)
     check_names([step.name for step in spec.steps], "steps[{}].name")
     check_names([spec.name], "name")
     if spec.has_checkout:
@@ -279,10 +278,6 @@ def _checked_repository(spec: JobSpec) -> RepositorySpec | None:
     return msgspec.structs.replace(repository, sparse=tuple(sorted(sparse - {""})))
 
 
-def _short(value: int) -> str:
-    return str(value) if abs(value) < 10**12 else "it"
-
-
 __all__ = [
     "CHECKOUT",
     "DEFAULT_ATTEMPTS",
@@ -293,7 +288,9 @@ __all__ = [
     "JobSpec",
     "RepositorySpec",
     "StepSpec",
+    "TaskSpec",
     "decode_spec",
+    "decode_task",
     "normalize",
     "split_secrets",
 ]

@@ -1,6 +1,6 @@
 """The checks of a job's spec that types alone can't express, each raising InvalidInput with the field's path. No I/O.
 
-May import msgspec and ``errors``. Called by ``spec``.
+May import msgspec, ``errors`` and ``units``. Called by ``spec`` and ``spec_task``.
 Values that may be secret (of ``secrets``, ``redact``, ``files``) are never quoted in an error.
 """
 
@@ -15,7 +15,12 @@ from typing import Any
 import msgspec
 
 from supervisor.model.errors import InvalidInput
+from supervisor.model.units import parse_duration, parse_size
 
+DEFAULT_PRIORITY = 127
+DEFAULT_ATTEMPTS = 1
+DEFAULT_BACKOFF = 10.0
+MAX_BACKOFF = 600.0
 MAX_NAME = 64
 MAX_FILES = 4096
 MAX_LABELS = 64
@@ -142,6 +147,31 @@ def check_names(names: Iterable[str], field: str) -> None:
         if stripped in seen:
             raise InvalidInput(where, f"{stripped!r} is the name of an earlier step too", "names that differ")
         seen.add(stripped)
+
+
+def read_units(job: dict[str, Any]) -> None:
+    """Durations and sizes of a job's own keys, in place, as numbers."""
+    if job.get("timeout") is not None:
+        job["timeout"] = parse_duration(job["timeout"], "timeout", zero=False)
+    if job.get("backoff") is not None:
+        job["backoff"] = parse_duration(job["backoff"], "backoff")
+    if job.get("memory") is not None:
+        job["memory"] = parse_size(job["memory"], "memory")
+
+
+def check_ranges(priority: int, attempts: int, backoff: float, cpu: float) -> None:
+    if priority < 0 or priority > 255:
+        raise InvalidInput("priority", f"{_short(priority)} is out of range", "0 to 255, higher first")
+    if attempts < 1 or attempts > 1000:
+        raise InvalidInput("attempts", f"{_short(attempts)} is out of range", "1 to 1000")
+    if backoff > MAX_BACKOFF:
+        raise InvalidInput("backoff", "is too long", f"at most {MAX_BACKOFF:g} seconds")
+    if not 0 <= cpu <= 4096:
+        raise InvalidInput("cpu", "is out of range", "0 (not asked for) to 4096 cores")
+
+
+def _short(value: int) -> str:
+    return str(value) if abs(value) < 10**12 else "it"
 
 
 def check_labels(labels: Sequence[str]) -> tuple[str, ...]:

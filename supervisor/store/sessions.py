@@ -23,13 +23,15 @@ class Sessions:
 
     async def open_session(self, host: HostInfo, term: float) -> SessionGrant:
         session, incarnation = uuid.uuid4().hex, uuid.uuid4().hex
-        epoch = await self._renewal.value("open_session", session, incarnation, *_facts(host), term)
+        epoch = await self._renewal.value("open_session", session, incarnation, *_facts(host), term, list(host.kinds))
         return SessionGrant(Me(session, incarnation, epoch), term)
 
     async def resume_session(
         self, session: str, incarnation: str, host: HostInfo, term: float, next_incarnation: str
     ) -> SessionGrant | None:
-        epoch = await self._renewal.value("resume_session", session, incarnation, next_incarnation, *_facts(host), term)
+        epoch = await self._renewal.value(
+            "resume_session", session, incarnation, next_incarnation, *_facts(host), term, list(host.kinds)
+        )
         return None if epoch is None else SessionGrant(Me(session, next_incarnation, epoch), term)
 
     async def renew(self, me: Me, term: float, draining: bool) -> Renewal:

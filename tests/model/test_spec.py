@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor.model.errors import InvalidInput
-from supervisor.model.spec import JobSpec, decode_spec, normalize, split_secrets
+from supervisor.model.spec import JobSpec, TaskSpec, decode_spec, decode_task, normalize, split_secrets
 
 STEP = {"name": "hi", "run": ["echo", "hi"]}
 SHORT: dict[str, Any] = {"kind": "steps", "steps": [STEP]}
@@ -48,6 +48,10 @@ FULL: dict[str, Any] = {
 
 def job(**changes: Any) -> dict[str, Any]:
     return {**SHORT, **changes}
+
+
+def task(**changes: Any) -> dict[str, Any]:
+    return {"kind": "noop", **changes}
 
 
 def step(**changes: Any) -> dict[str, Any]:
@@ -123,6 +127,48 @@ def test_secrets_are_taken_apart_for_the_store_and_a_stored_spec_is_read() -> No
         assert spec.has_checkout
 
 
+def test_a_task_is_made_canonical() -> None:
+    assert normalize({"kind": "noop"}) == {"kind": "noop", "name": "noop"}
+    assert normalize(task(args={}, labels=[], priority=127, attempts=1, memory=0)) == normalize(task())
+    assert normalize(
+        task(
+            name=" mail ",
+            args={"to": ["a", None], "deep": {"x": 1.5, "y": {}}, "big": 2**70},
+            labels=["b", "a", "b"],
+            timeout="1m",
+            backoff="2s",
+            memory="1KiB",
+            secrets={"T": "s3cret"},
+            redact={"hunter2": "***"},
+        )
+    ) == {
+        "kind": "noop",
+        "name": "mail",
+        "args": {"to": ["a", None], "deep": {"x": 1.5, "y": {}}, "big": 2**70},
+        "labels": ["a", "b"],
+        "timeout": 60.0,
+        "backoff": 2.0,
+        "memory": 1024,
+        "secrets": {"T": "s3cret"},
+        "redact": {"hunter2": "***"},
+    }
+
+
+def test_a_stored_task_is_read_without_its_secrets() -> None:
+    shown, secrets, _ = split_secrets(normalize(task(args={"a": [1]}, secrets={"T": "s3cret"}, attempts=3)))
+    assert secrets == {"T": "s3cret"} and "s3cret" not in json.dumps(shown)
+    spec = decode_task(json.dumps(shown).encode())
+    assert spec == TaskSpec("noop", "noop", args={"a": [1]}, attempts=3, secrets=("T",))
+    for damaged in (b"{", b"[]", b'{"kind": "noop"}', b'{"kind": "noop", "name": "x", "steps": []}'):
+        with pytest.raises(InvalidInput):
+            decode_task(damaged)
+
+
+def test_a_stored_job_is_read_as_its_kind_says() -> None:
+    with pytest.raises(InvalidInput, match=r"^kind: is 'noop', which has no steps"):
+        decode_spec(json.dumps(normalize(task())).encode())
+
+
 def test_a_stored_spec_is_checked_in_full() -> None:
     with pytest.raises(InvalidInput, match=r"^steps\[0\]\.timeout"):
         decode_spec(b'{"kind": "steps", "steps": [{"name": "a", "run": "b", "timeout": "soon"}]}')
@@ -138,7 +184,10 @@ BAD: list[tuple[str, object, str, str]] = [
     ("unknown key of a step", step(comand="x"), "steps[0].comand", "allowed: always, dir, env, name, run, timeout"),
     ("unknown key of the repository", repository(branch="x"), "repository.branch", "not a known key"),
     ("no kind", {"steps": [STEP]}, "kind", "missing"),
-    ("another kind", job(kind="container"), "kind", "there is no kind 'container' (allowed: steps)"),
+    ("what is no kind", job(kind="Container"), "kind", "there is no kind 'Container' (allowed: lower-case"),
+    ("a kind too long", {"kind": "a" * 65}, "kind", "at most 64"),
+    ("steps of another kind", job(kind="container"), "steps", "is not a known key"),
+    ("args of steps", job(args={}), "args", "is not a known key"),
     ("kind of the wrong type", job(kind=5), "kind", ""),
     ("no steps", {"kind": "steps"}, "steps", "missing"),
     ("empty steps", job(steps=[]), "steps", "empty"),
@@ -216,6 +265,17 @@ BAD: list[tuple[str, object, str, str]] = [
     ("memory in words", job(memory="much"), "memory", "'much' is not a size"),
     ("yes for true", job(keep_workspace="yes"), "keep_workspace", "true or false"),
     ("an endless number", job(cpu=float("nan")), "cpu", "finite"),
+    ("a checkout of a task", task(repository=REPOSITORY), "repository", "is not a known key"),
+    ("args that are a list", task(args=[1]), "args", "not a mapping"),
+    ("args too deep", task(args={"a": [[[[[[[1]]]]]]]}), "args.a[0][0][0][0][0][0][0]", "nested too deep"),
+    ("a number that no double holds", task(args={"a": [10**400]}), "args", "out of range"),
+    ("a number of too many digits", task(args={"a": 10**5000}), "args", "out of range"),
+    ("a task's name of the wrong type", task(name=5), "name", "is a whole number (allowed: text)"),
+    ("a task's name that can't be printed", task(name="a\nb"), "name", "can't be printed"),
+    ("a task's priority", task(priority=-1), "priority", "0 to 255"),
+    ("a task's label", task(labels=["a b"]), "labels[0]", "not a label"),
+    ("a task's empty secret", task(secrets={"A": ""}), "secrets.A", "empty"),
+    ("a task's timeout", task(timeout="soon"), "timeout", "'soon' is not a duration"),
 ]
 
 
@@ -281,7 +341,10 @@ REPOSITORIES = st.dictionaries(st.sampled_from([*FULL["repository"], "x"]), ANY_
 )
 
 
-@given(st.one_of(ANY_JSON, MANGLED, STEPS, REPOSITORIES))
+TASKS = st.dictionaries(st.sampled_from([*KEYS, "args"]), ANY_JSON, max_size=4).map(lambda changes: task(**changes))
+
+
+@given(st.one_of(ANY_JSON, MANGLED, STEPS, REPOSITORIES, TASKS))
 def test_whatever_comes_is_made_canonical_or_refused(raw: Any) -> None:
     """Nothing but InvalidInput is raised; what is taken is canonical already, and survives JSON and the store."""
     try:
@@ -292,7 +355,8 @@ def test_whatever_comes_is_made_canonical_or_refused(raw: Any) -> None:
         return
     assert normalize(canonical) == canonical
     assert json.loads(json.dumps(canonical)) == canonical
-    assert decode_spec(json.dumps(split_secrets(canonical)[0]).encode()).name == canonical["name"]
+    decode = decode_spec if canonical["kind"] == "steps" else decode_task
+    assert decode(json.dumps(split_secrets(canonical)[0]).encode()).name == canonical["name"]
 
 
 @given(st.dictionaries(st.text(max_size=12), st.text(max_size=3), max_size=4))

@@ -29,6 +29,7 @@ TRUNCATE bsup.need, bsup.job, bsup.waiting, bsup.ready, bsup.lease, bsup.finishe
     bsup.log_chunk, bsup.edge, bsup.job_secret, bsup.submission_key, bsup.session, bsup.pulse, bsup.event
     RESTART IDENTITY;
 INSERT INTO bsup.pulse DEFAULT VALUES;
+DELETE FROM bsup.kind WHERE name NOT IN ('steps', 'noop');
 UPDATE test.clock SET ahead = '0';
 """
 

@@ -11,13 +11,17 @@ import pytest
 
 from supervisor.model.errors import InvalidInput
 from supervisor.model.job import Outcome, State
-from supervisor.model.spec import decode_spec, normalize, split_secrets
+from supervisor.model.spec import decode_spec, decode_task, normalize, split_secrets
 from supervisor.store.pg import PgStore
-from tests.store.store_bench import Daemon, add, end_of, spec
+from tests.store.store_bench import Daemon, add, end_of, host, spec
 
 pytestmark = pytest.mark.anyio
 
 STEP = {"name": "s", "run": ["true"]}
+
+
+def task(**changes: Any) -> dict[str, Any]:
+    return {"kind": "noop", **changes}
 
 
 async def submit(connection: asyncpg.Connection, job: Any, **more: Any) -> int:
@@ -68,13 +72,41 @@ VALID: list[dict[str, Any]] = [
     spec(repository={"url": "/srv/git/x.git", "commit": "0" * 40, "submodules": True}, name=None),
     spec(repository={"url": "ssh://me@example.org:22/x", "commit": "a", "sparse": []}),
     spec(repository={"url": "file:///srv/x", "commit": "a"}),
+    {"kind": "noop"},
+    {"kind": "noop", "name": None, "args": None, "labels": [], "secrets": {}},
+    {
+        "kind": "noop",
+        "name": " n ",
+        "args": {"a": [1, None, {"b": None}], "c": 1.5, "d": "\u00e9", "e": [[[[[[]]]]]]},
+        "labels": ["docker", "arch=amd64", "docker"],
+        "priority": 200,
+        "timeout": "90s",
+        "attempts": 5,
+        "backoff": "500ms",
+        "secrets": {"TOKEN": "s3cret"},
+        "redact": {"hush": "***"},
+        "cpu": 1.5,
+        "memory": "512MiB",
+    },
 ]
 
 INVALID: list[tuple[Any, str, str]] = [
     ([], "job", "mapping"),
     ("x", "job", "mapping"),
     ({}, "kind", "missing"),
-    ({"kind": "other"}, "kind", "no kind"),
+    ({"kind": "Other"}, "kind", "no kind"),
+    (task(steps=[STEP]), "steps", "not a known key"),
+    (task(keep_workspace=True), "keep_workspace", "not a known key"),
+    (spec(args={}), "args", "not a known key"),
+    (task(args=[]), "args", "mapping"),
+    (task(args={"a": 10**400}), "args", "out of range"),
+    (task(priority=256), "priority", "out of range"),
+    (task(labels=["ok", ""]), "labels[1]", "not a label"),
+    (task(name=3), "name", "not text"),
+    (task(secrets={"A": 3}), "secrets.A", "not text"),
+    (task(redact={"s3cret": 3}), "redact", "not text"),
+    (task(backoff=601), "backoff", "too long"),
+    (task(timeout=0), "timeout", "more than zero"),
     ({"kind": 3}, "kind", "not text"),
     (spec(colour="red"), "colour", "not a known key"),
     ({"kind": "steps"}, "steps", "missing"),
@@ -178,7 +210,8 @@ class TestValidation:
         job = await submit(sql, raw)
         found = json.loads(await sql.fetchval("SELECT spec FROM bsup.job WHERE id = $1", job))
         # As jobs, not as text: the model may write out a number that equals the default.
-        assert decode_spec(json.dumps(found).encode()) == decode_spec(json.dumps(stored).encode())
+        decode = decode_spec if stored["kind"] == "steps" else decode_task
+        assert decode(json.dumps(found).encode()) == decode(json.dumps(stored).encode())
         assert normalize(found | raw) == normalize(raw)
         rows = await sql.fetch("SELECT name, value, replacement FROM bsup.job_secret WHERE job_id = $1", job)
         assert {row["name"]: row["value"] for row in rows if row["name"]} == secrets
@@ -199,6 +232,40 @@ class TestValidation:
         assert "s3cret" not in repr(error.as_dict())
         assert await sql.fetchval("SELECT count(*) FROM bsup.job") == 0
         assert await sql.fetchval("SELECT count(*) FROM bsup.submission_key") == 0
+
+    async def test_only_the_database_knows_which_kinds_there_are(self, store: PgStore) -> None:
+        mail, fax = normalize(task(kind="mail")), normalize(task(kind="fax"))
+        with pytest.raises(InvalidInput) as refused:
+            await store.submit(mail, key=None, after=[], submitter="x")
+        assert str(refused.value) == "kind: there is no kind 'mail' (allowed: noop, steps)"
+        old = (await store.open_session(host(kinds=("steps", "mail")), 180.0)).me
+        await store.submit(mail, key=None, after=[], submitter="x")
+        more = host(kinds=("mail", "fax"))
+        assert await store.resume_session(old.session, "0" * 32, more, 180.0, "1" * 32) is None
+        with pytest.raises(InvalidInput, match=r"\(allowed: mail, noop, steps\)"):
+            await store.submit(fax, key=None, after=[], submitter="x")
+        assert await store.resume_session(old.session, old.incarnation, more, 180.0, "1" * 32) is not None
+        await store.submit(fax, key=None, after=[], submitter="x")
+
+    async def test_args_are_bounded_in_depth(self, sql: asyncpg.Connection) -> None:
+        """The model names the place, SQL the key."""
+        args: dict[str, Any] = {"a": [[[[[[[1]]]]]]]}
+        with pytest.raises(InvalidInput, match="nested too deep"):
+            normalize(task(args=args))
+        with pytest.raises(asyncpg.PostgresError, match="args: is nested too deep"):
+            await submit(sql, task(args=args))
+
+    async def test_a_job_without_steps_runs_like_any(self, store: PgStore) -> None:
+        job = await store.submit(task(args={"n": None}, attempts=2), key=None, after=[], submitter="x")
+        daemon = await Daemon.begin(store)
+        lease = await daemon.claim_one()
+        assert (lease.job, lease.kind, lease.name, lease.attempts) == (job, "noop", "noop", 2)
+        assert decode_task(lease.spec).args == {"n": None}
+        assert await daemon.finish(lease) == (True, "succeeded")
+        (row,) = await store.states([job])
+        assert (row.steps_total, row.state) == (0, State.SUCCEEDED)
+        (attempt,) = await store.attempts(job)
+        assert (attempt.outcome, attempt.steps) == (Outcome.SUCCEEDED, [])
 
     async def test_what_text_can_not_hold_is_refused(self, store: PgStore) -> None:
         for name in ("a\0b", "a\ud800b"):

@@ -1,5 +1,10 @@
 -- name: open_session
--- Begins a session; its id and incarnation are the caller's.
+-- Begins a session; its id and incarnation are the caller's. Adds the kinds ($13) that its host runs.
+WITH kinds AS (
+    INSERT INTO bsup.kind (name)
+    SELECT k FROM unnest($13::text[]) k WHERE NOT EXISTS (SELECT FROM bsup.kind b WHERE b.name = k) ORDER BY k
+    ON CONFLICT DO NOTHING
+)
 INSERT INTO bsup.session (id, incarnation, epoch, host, labels, slots, cpu, memory, version, machine_id, boot_id, pid, term,
                           started_at, renewed_at, expires_at)
 SELECT $1, $2, 1, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, t.now, t.now, t.now + make_interval(secs => $12)
@@ -9,12 +14,19 @@ RETURNING epoch;
 -- name: resume_session
 -- Compare-and-swap of the incarnation ($2 to $3) of a session that has not expired. A repeat of a swap that was made, but
 -- whose answer was lost, finds $3 there. The epoch rises each time: nobody makes a lease id that another one made.
-UPDATE bsup.session s
-SET incarnation = $3, epoch = s.epoch + 1, host = $4, labels = $5, slots = $6,
-    cpu = $7, memory = $8, version = $9, machine_id = $10, boot_id = $11, pid = $12, term = $13, idle = false,
-    renewed_at = bsup.clock(), expires_at = bsup.clock() + make_interval(secs => $13)
-WHERE s.id = $1 AND s.incarnation IN ($2, $3) AND s.dead_at IS NULL AND s.expires_at > bsup.clock()
-RETURNING s.epoch;
+WITH kept AS (
+    UPDATE bsup.session s
+    SET incarnation = $3, epoch = s.epoch + 1, host = $4, labels = $5, slots = $6,
+        cpu = $7, memory = $8, version = $9, machine_id = $10, boot_id = $11, pid = $12, term = $13, idle = false,
+        renewed_at = bsup.clock(), expires_at = bsup.clock() + make_interval(secs => $13)
+    WHERE s.id = $1 AND s.incarnation IN ($2, $3) AND s.dead_at IS NULL AND s.expires_at > bsup.clock()
+    RETURNING s.epoch
+), kinds AS (
+    INSERT INTO bsup.kind (name)
+    SELECT k FROM kept, unnest($14::text[]) k WHERE NOT EXISTS (SELECT FROM bsup.kind b WHERE b.name = k) ORDER BY k
+    ON CONFLICT DO NOTHING
+)
+SELECT k.epoch FROM kept k;
 
 -- name: renew
 -- Renews a session, whether or not it has expired, if no reaper has taken it; no row: it is gone. Says what it holds.
