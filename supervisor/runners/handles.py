@@ -176,6 +176,11 @@ def is_running(started: Started) -> bool:
     return int(fields[19]) == started.start_time and fields[0] not in (b"Z", b"X")
 
 
+def own_start_time() -> int:
+    """This process's, as ``Started.start_time``."""
+    return int(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[19])
+
+
 def boot_id() -> str:
     """This boot's id: a pid or a CLOCK_BOOTTIME written under another one means nothing."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -28,6 +28,7 @@ _WORKERS = 4
 _REAP_TURN = 500
 _HAUNT_RETRY = 1.0
 _FENCE_RETRY = 0.05
+_GUARD_LOOK = 0.5
 
 Answer = Callable[[str | None], None]
 
@@ -71,10 +72,11 @@ class Host:
         self._waiting_work: deque[_Work] = deque()
         self._fence_timer = False
         self.ending = False
+        self._guard()
 
     @property
     def is_idle(self) -> bool:
-        return not (self._live or self._haunted or self._workers or self._waiting_work)
+        return not (self._live or self._haunted or self._workers or self._waiting_work or self._guards)
 
     # --- requests ---
 
@@ -292,6 +294,21 @@ class Host:
             for step in running:
                 step.stop("fence", 0.0, at_once=True)
         self._watch_fence()
+
+    def _guard(self) -> None:
+        """Kills a daemon that has jobs of its own and doesn't say in time that it has ended them."""
+        at = self.fence.overdue_at()
+        daemon = self.fence.guarded
+        if daemon is not None and at is not None and now() > at and daemon.lives:
+            say(f"the fence has passed and the daemon {daemon.pid} doesn't confirm that its jobs ended: killing it")
+            daemon.kill(self.policy.service[0])
+        look = now() + _GUARD_LOOK
+        self.loop.at(look if at is None or at <= now() else min(look, at), self._guard)
+
+    @property
+    def _guards(self) -> bool:
+        daemon = self.fence.guarded
+        return daemon is not None and self.fence.overdue_at() is not None and daemon.lives
 
     # --- workers ---
 

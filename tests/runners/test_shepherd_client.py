@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -102,6 +103,8 @@ async def test_a_step_from_start_to_end(ground: Ground) -> None:
     assert ended is not None and (ended.exit_code, ended.signal, ended.cause) == (3, None, None)
     assert closed is not None and (closed.gone, closed.out_bytes, closed.err_bytes) == (False, 3, 0)
     assert (step / "out").read_bytes() == b"hi\n"
+    # The file may be there before its hint is.
+    await ground.until(lambda: ("closed", step) in ground.hints)
     assert [hint for hint in ground.hints if hint[1] == step] == [("exited", step), ("closed", step)]
 
 
@@ -242,3 +245,19 @@ def test_a_damaged_file_is_said_to_be(tmp_path: Path) -> None:
     (tmp_path / "exit").write_text('{"exit_code": "zero"}')
     with pytest.raises(RunnerError, match="damaged"):
         handles.read_exit(tmp_path)
+
+
+async def test_the_fence_names_a_guarded_daemon_and_says_what_was_confirmed(short_tmp: Path) -> None:
+    """A confirmation is of the fence as last written: the next one voids it by being later."""
+    fence = FenceFile(short_tmp, guard_patience=0.5)
+    await fence.guard(True)
+    assert not (short_tmp / "fence").exists()
+    await fence.write(5.0)
+    said = json.loads((short_tmp / "fence").read_text())
+    assert (said["fence_at"], said["daemon"]["pid"], said["daemon"]["patience"]) == (5.0, os.getpid(), 0.5)
+    assert "confirmed_at" not in said
+    await fence.confirm()
+    await fence.guard(False)
+    said = json.loads((short_tmp / "fence").read_text())
+    assert said == {"fence_at": 5.0, "boot_id": handles.boot_id(), "confirmed_at": 5.0}
+    assert not fence.is_guarded
