@@ -24,9 +24,9 @@ from supervisor.cli.connection import Connection
 from supervisor.cli.exits import CommandError, Exit
 from supervisor.cli.follow import LogView, Watch, follow_log, wait_for
 from supervisor.cli.jobs import steps_table
-from supervisor.cli.logs import count_steps
 from supervisor.cli.terminal import Terminal
 from supervisor.cli.text import duration, plural
+from supervisor.cli.views import count_steps
 from supervisor.cli.wait import end_line
 from supervisor.model.errors import BsupError
 from supervisor.protocol import (

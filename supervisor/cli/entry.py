@@ -6,6 +6,7 @@ is a fault of bsup's own and keeps its traceback, as that is what a report of it
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -54,4 +55,5 @@ def _run(words: list[str], terminal: Terminal) -> int:
         return int(Exit.OK)
     args = parser.parse(command, rest)
     handler: Handler = getattr(importlib.import_module(f"supervisor.cli.{command.module}"), command.function)
+    gc.enable()  # ``__main__`` put it off
     return handler(args, terminal)

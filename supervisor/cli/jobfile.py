@@ -8,10 +8,10 @@ never means.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from supervisor.model.errors import InvalidInput
@@ -25,11 +25,11 @@ def read(name: str) -> tuple[str, bytes]:
     """What to call the input in errors, and its bytes. Raises InvalidInput."""
     if name == "-":
         return "standard input", sys.stdin.buffer.read()
-    path = Path(name)
     try:
-        return str(path), path.read_bytes()
+        with open(name, "rb") as file:
+            return name, file.read()
     except OSError as error:
-        raise InvalidInput(str(path), f"can't be read: {error.strerror}", "a YAML, TOML or JSON file, or `-`") from None
+        raise InvalidInput(name, f"can't be read: {error.strerror}", "a YAML, TOML or JSON file, or `-`") from None
 
 
 def decode(source: str, data: bytes) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def decode(source: str, data: bytes) -> dict[str, Any]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidInput(source, f"is not UTF-8 text (at byte {error.start})", "a YAML, TOML or JSON file") from None
-    form = _FORMATS.get(Path(source).suffix.lower()) or _guess(text)
+    form = _FORMATS.get(_suffix(source)) or _guess(text)
     value = {"JSON": _json, "TOML": _toml, "YAML": _yaml}[form](source, text)
     if not isinstance(value, dict):
         what = "is empty" if value is None else f"is a {type(value).__name__}, not a job"
@@ -57,6 +57,10 @@ def apply(job: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
             raise InvalidInput(f"--set {setting}", "has no value", "path=value, such as repository.commit=main")
         _put(job, _steps(path), _yaml(f"--set {path}", text) if text else "", f"--set {path}")
     return job
+
+
+def _suffix(source: str) -> str:
+    return os.path.splitext(source)[1].lower()
 
 
 def _guess(text: str) -> str:
@@ -84,7 +88,7 @@ def _json(source: str, text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
-        if Path(source).suffix.lower() != ".json" and text.lstrip().startswith("{"):
+        if _suffix(source) != ".json" and text.lstrip().startswith("{"):
             # `{kind: steps, …}` is YAML too.
             try:
                 return _yaml(source, text)

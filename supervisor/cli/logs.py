@@ -8,6 +8,7 @@ from typing import Any
 from supervisor.cli.exits import Exit
 from supervisor.cli.follow import LogView, Watch, follow_log
 from supervisor.cli.terminal import Terminal
+from supervisor.cli.views import count_steps
 from supervisor.model.errors import InvalidInput, StoreUnavailable
 from supervisor.protocol import LogsParams, LogStream, ShowParams, ShowReply
 
@@ -60,13 +61,3 @@ def _spec_of(watch: Watch, job: int) -> dict[str, Any]:
         return watch.call("Show", ShowParams(id=job), ShowReply).spec
     except StoreUnavailable:
         return {}
-
-
-def count_steps(spec: dict[str, Any]) -> int | None:
-    """From a job's spec (None from an empty one): its steps, and one of bsup's own where there is something to check
-    out or to write.
-    """
-    steps = spec.get("steps")
-    if not isinstance(steps, list):
-        return None
-    return len(steps) + (1 if spec.get("repository") or spec.get("files") else 0)

@@ -48,7 +48,10 @@ def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def parse(command: Command, rest: Sequence[str]) -> argparse.Namespace:
     """The command's arguments. Raises UsageError."""
-    return build(command).parse_intermixed_args(list(rest))
+    parser = build(command)
+    # Flags may stand between the values of a positional: that alone needs the slower way, which writes a usage first.
+    has_many = any(argument.positional and argument.nargs for argument in command.arguments)
+    return parser.parse_intermixed_args(list(rest)) if has_many else parser.parse_args(list(rest))
 
 
 def find(name: str) -> Command:

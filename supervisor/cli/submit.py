@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from supervisor.cli import jobfile
 from supervisor.cli.configuration import connect, file_of, read
 from supervisor.cli.exits import CommandError, Exit, mirrored
-from supervisor.cli.follow import LogView, Watch, follow_log, wait_for
-from supervisor.cli.jobs import steps_table
-from supervisor.cli.logs import count_steps
 from supervisor.cli.parser import UsageError, job_id
 from supervisor.cli.terminal import Terminal
-from supervisor.cli.wait import end_line
+from supervisor.cli.views import count_steps
 from supervisor.framing import encode_call
 from supervisor.model.errors import BsupError, InvalidInput
 from supervisor.protocol import MAX_FRAME, JobView, LogsParams, ShowParams, ShowReply, SubmitParams, SubmitReply
+
+if TYPE_CHECKING:
+    from supervisor.cli.follow import Watch
 
 
 def submit(args: Namespace, terminal: Terminal) -> int:
@@ -89,12 +89,15 @@ def load(file: str, settings: Sequence[str]) -> dict[str, Any]:
 def _max_frame(args: Namespace) -> int:
     """What the daemon takes, if its configuration can be read here."""
     try:
-        return read(file_of(args)).control.max_frame
+        path = file_of(args)
+        return MAX_FRAME if path is None else read(path).control.max_frame
     except BsupError:
         return MAX_FRAME
 
 
 def _watch(args: Namespace, terminal: Terminal, job: int, steps: int | None) -> int:
+    from supervisor.cli.follow import LogView, Watch, follow_log, wait_for  # here: only they need it who follow
+
     watch = Watch(args, terminal)
     view = LogView(terminal, job, raw=False, steps=steps)
     try:
@@ -119,6 +122,9 @@ def _watch(args: Namespace, terminal: Terminal, job: int, steps: int | None) -> 
 
 def _say_end(watch: Watch, terminal: Terminal, over: JobView) -> None:
     """How it ended: with the steps for somebody who looks, a line where it did not succeed in a pipe's log."""
+    from supervisor.cli.jobs import steps_table
+    from supervisor.cli.wait import end_line
+
     if terminal.width is not None:
         try:
             attempts = watch.call("Show", ShowParams(id=over.id), ShowReply).attempts

@@ -86,3 +86,13 @@ def shown(reply: ShowReply) -> dict[str, Any]:
     return {**job, "parents": fields["parents"], "children": fields["children"], "spec": fields["spec"]} | {
         "attempt_list": fields["attempts"]
     }
+
+
+def count_steps(spec: dict[str, Any]) -> int | None:
+    """From a job's spec (None from an empty one): its steps, and one of bsup's own where there is something to check
+    out or to write.
+    """
+    steps = spec.get("steps")
+    if not isinstance(steps, list):
+        return None
+    return len(steps) + (1 if spec.get("repository") or spec.get("files") else 0)
