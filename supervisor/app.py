@@ -20,7 +20,7 @@ import anyio.to_thread
 import msgspec
 import uvloop
 
-from supervisor import __version__, journal
+from supervisor import __version__, journal, kinds
 from supervisor.actors import control_parts
 from supervisor.actors.control import ControlActor
 from supervisor.actors.control_connection import Limits
@@ -39,6 +39,7 @@ from supervisor.notify import SystemdNotifier
 from supervisor.ports import SessionGrant
 from supervisor.runners.fence import FenceFile
 from supervisor.runners.handles import boot_id
+from supervisor.runners.in_process import InProcessRunner
 from supervisor.runners.run_files import HostCredential, StepsSettings
 from supervisor.runners.session_file import StateSessionFile, lock_state
 from supervisor.runners.shepherd_client import ShepherdClient
@@ -50,6 +51,9 @@ from supervisor.store.migrate import ensure_schema
 from supervisor.store.pg import PgStore
 
 log = logging.getLogger("supervisor.app")
+
+GUARD_PATIENCE: Final = 2.0
+"""Seconds behind the fence after which the shepherd kills a daemon whose in-process jobs have not ended."""
 
 EMBEDDED_CHECK: Final = 5.0
 """Seconds between two looks at an embedded server that does not answer."""
@@ -184,6 +188,10 @@ class _Daemon:
             log.warning("this state directory is a copy of another's: that one's session and runs are in %s", aside)
         uids = _uid_count(settings)
         client = ShepherdClient(self._state, uid_base=settings.jobs.uid_base, uid_count=uids)
+        fence = FenceFile(self._state, guard_patience=min(GUARD_PATIENCE, settings.lease.margin / 3))
+        self._in_process = InProcessRunner(
+            kinds.load(settings.jobs.kinds), guard=fence.guard, timeout=settings.jobs.timeout
+        )
         self._runner = StepsRunner(
             self._state, client, steps_settings(settings), uid_base=settings.jobs.uid_base, uid_count=uids
         )
@@ -199,11 +207,13 @@ class _Daemon:
         await client.connect()
         try:
             await self._runner.open()
-            async with store, anyio.create_task_group() as tasks:
+            async with store, self._in_process, anyio.create_task_group() as tasks:
                 if is_embedded:
                     tasks.start_soon(self._mind_embedded, store)
                 self._listen_to_signals()
-                code = await run_root(self._root_config(), self._parts(store, book, session_file), self._addresses)
+                code = await run_root(
+                    self._root_config(), self._parts(store, book, session_file, fence), self._addresses
+                )
                 tasks.cancel_scope.cancel()
         finally:
             self._runner.close()
@@ -229,6 +239,7 @@ class _Daemon:
                 machine_id=_machine_id(),
                 boot_id=boot_id(),
                 pid=os.getpid(),
+                kinds=("steps", *self._in_process.kinds),
             ),
             limits=limits_of(settings),
             terms=Terms(renew=lease.renew, term=lease.term, margin=lease.margin),
@@ -236,12 +247,12 @@ class _Daemon:
             retention=settings.retention.finished,
         )
 
-    def _parts(self, store: PgStore, book: LogBook, session_file: StateSessionFile) -> Parts:
+    def _parts(self, store: PgStore, book: LogBook, session_file: StateSessionFile, fence: FenceFile) -> Parts:
         return Parts(
             store=store,
             session_file=session_file,
-            fence=FenceFile(self._state),
-            runners={"steps": self._runner},
+            fence=fence,
+            runners={"steps": self._runner, **dict.fromkeys(self._in_process.kinds, self._in_process)},
             sink=book,
             notifier=SystemdNotifier(),
             control=lambda: self._control(store, book),
@@ -321,6 +332,7 @@ class _Daemon:
         fresh = steps_settings(kept)
         self._settings = kept
         self._runner.settings = fresh
+        self._in_process.timeout = kept.jobs.timeout
         journal.set_up(kept.log.level, kept.log.format, SecretSet(secret_values({}, {}, self._secrets)).text)
         if limits_of(kept) != limits_of(before):
             self._addresses.root.tell(limits_of(kept), Lane.CONTROL)

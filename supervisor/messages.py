@@ -62,6 +62,11 @@ class AskResume(Request[None], frozen=True):
     """Take leases again → None"""
 
 
+class AskDetach(Request[None], frozen=True):
+    """Take no new lease, for good: the daemon is about to go, its jobs stay. Those that can't outlive it are stopped
+    and given back → None, once none is left."""
+
+
 class Status(msgspec.Struct, kw_only=True):
     """An actor's answer to AskStatus. ``problems`` are sentences for a user, empty when all is well."""
 
@@ -162,10 +167,6 @@ class Drain(msgspec.Struct, frozen=True):
     deadline: float | None
 
 
-class StopClaiming(msgspec.Struct, frozen=True):
-    """Take no new lease, for good: the daemon is about to go, its jobs stay."""
-
-
 class Reconfigure(msgspec.Struct, frozen=True):
     """What the host gives and serves from now on."""
 
@@ -176,7 +177,7 @@ class Reconfigure(msgspec.Struct, frozen=True):
 
 
 class JobMoved(msgspec.Struct, frozen=True):
-    """How far a job is. ``alive``: a process of it may run; ``step``: the record that changed, for the database."""
+    """How far a job is. ``alive``: a process of it may run; ``steps``: the records that changed, for the database."""
 
     lease: LeaseId
     phase: Phase
@@ -186,7 +187,7 @@ class JobMoved(msgspec.Struct, frozen=True):
     current_name: str | None
     steps_total: int
     started_at: datetime | None
-    step: StepRecord | None
+    steps: tuple[StepRecord, ...] = ()
 
 
 class JobOver(msgspec.Struct, frozen=True):
@@ -209,7 +210,6 @@ DispatcherMessage: TypeAlias = (
     | FencePassed
     | ReleaseAll
     | Drain
-    | StopClaiming
     | Reconfigure
     | Beat
     | JobMoved

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -30,6 +30,8 @@ from supervisor.model.job import (
     StepRecord,
     Stream,
 )
+
+T = TypeVar("T")
 
 __all__ = [
     "DispatchStore",
@@ -60,6 +62,7 @@ __all__ = [
     "StoredLog",
     "UserStore",
     "Verdict",
+    "answered",
 ]
 
 
@@ -233,7 +236,9 @@ class UserStore(Protocol):
 
     async def submit(self, spec: dict[str, Any], *, key: str | None, after: Sequence[int], submitter: str) -> int: ...
 
-    def list_jobs(self, where: Filter) -> AsyncIterator[JobRow]: ...
+    def list_jobs(self, where: Filter) -> AsyncIterator[list[JobRow]]:
+        """Newest first, in pages that a reader can hold."""
+        ...
 
     async def show(self, job: int) -> tuple[JobRow, dict[str, Any], list[int], list[int]]:
         """The row, the spec (secrets masked), parents, children. Raises UnknownJob."""
@@ -286,17 +291,29 @@ class HandleInfo(msgspec.Struct, frozen=True):
     plan: Plan | None
 
 
-class Runner(Protocol):
-    """Runs attempts of one kind on this host. Everything it knows of one is on disk under the lease's id.
+async def answered(answer: T | Awaitable[T]) -> T:
+    """The answer of a call that may give it at once."""
+    return await answer if isinstance(answer, Awaitable) else answer
 
-    ``tell`` callbacks are called on the event loop, once per step, with its end; they must not block.
+
+class Runner(Protocol):
+    """Runs attempts of one kind on this host. What ``survives`` the daemon is on disk under the lease's id.
+
+    ``prepare``, ``start`` and ``discard`` may answer at once, without a coroutine: a short job then costs no task for
+    them. ``tell`` callbacks are called on the event loop, once per step, with its end; they must not block.
     """
 
-    async def prepare(self, lease: Lease) -> Plan:
+    @property
+    def survives(self) -> bool:
+        """Whether attempts outlive the daemon. Those that don't are released before a daemon leaves its jobs behind,
+        and lost where one dies."""
+        ...
+
+    def prepare(self, lease: Lease) -> Plan | Awaitable[Plan]:
         """Makes the handle (intent on disk) and the workspace. Idempotent. Raises InvalidInput or RunnerError."""
         ...
 
-    async def start(self, lease: LeaseId, step: int, tell: Callable[[StepEnd], None]) -> datetime:
+    def start(self, lease: LeaseId, step: int, tell: Callable[[StepEnd], None]) -> datetime | Awaitable[datetime]:
         """Starts a step at most once; returns its start when ``started`` is on disk. Raises RunnerError."""
         ...
 
@@ -310,12 +327,12 @@ class Runner(Protocol):
         ``tell``."""
         ...
 
-    async def discard(self, lease: LeaseId) -> None:
+    def discard(self, lease: LeaseId) -> Awaitable[None] | None:
         """Removes workspace, handle and spool. Only after the attempt's end is known to be recorded."""
         ...
 
     async def handles(self) -> list[LeaseId]:
-        """Every lease of which something is on disk."""
+        """Every lease of which something is here."""
         ...
 
     async def describe(self, lease: LeaseId) -> HandleInfo | None:
@@ -359,7 +376,7 @@ class LogSink(Protocol):
         ...
 
     def redact(self, lease: LeaseId, text: str) -> str:
-        """A text with the attempt's secrets and the host's own replaced."""
+        """A text with the host's own secrets replaced, and the attempt's where its log is open."""
         ...
 
     async def run(self) -> None:

@@ -32,7 +32,7 @@ import msgspec
 from supervisor.model.errors import BsupError
 from supervisor.model.job import AttemptEnd, Lease, LeaseId, Outcome, StepRecord, StepState
 from supervisor.model.policies import patience
-from supervisor.ports import HandleInfo, Runner, StepEnd, StepTaken
+from supervisor.ports import HandleInfo, Runner, StepEnd, StepTaken, answered
 
 log = logging.getLogger("supervisor.dispatcher")
 
@@ -112,7 +112,7 @@ class Burial:
 
     async def remove(self) -> None:
         try:
-            await self._runner.discard(self.lease)
+            await answered(self._runner.discard(self.lease))
         except BsupError as error:
             log.warning("the remains of lease %s could not be removed: %s", self.lease, error)
 

@@ -117,19 +117,19 @@ class Calls:
             limit=asked.limit,
         )
         running = await self._parts.running_or_none()
-        rows = self._store.list_jobs(where)
-        told = 0
+        pages = self._store.list_jobs(where)
+        told = False
         try:
-            while (row := await self._parts.read(_next(rows))) is not None:
-                yield ListReply(job=job_view(row, self._parts.clock(), running.get(row.id)))
-                told += 1
+            while (page := await self._parts.read(_next(pages))) is not None:
+                now = self._parts.clock()
+                yield [ListReply(job_view(row, now, running.get(row.id))) for row in page]
+                told = True
         except StoreUnavailable:
             if told:
                 raise
-            for reply in self._partial(where, running):
-                yield reply
+            yield self._partial(where, running)
         finally:
-            await _close(rows)
+            await _close(pages)
 
     def _partial(self, where: Filter, running: Mapping[int, RunningJob]) -> Sequence[ListReply]:
         """What can be told without the database; the notice comes first, so an empty list is not taken for true."""
@@ -165,12 +165,7 @@ class Calls:
         # A peer that goes now must not leave a job stopped here of which the database does not know why.
         with anyio.CancelScope(shield=True):
             found, results = await self._stop(jobs, asked, peer)
-        for job in jobs:
-            if results is not None:
-                result = results.get(job) or StopResult(job, "stopping")
-                yield StopReply(id=job, did=result.did, is_over=result.is_over)
-            else:
-                yield StopReply(id=job, did="stopping" if job in found else "unavailable", recorded=False)
+        yield [_stopped(job, job in found, results) for job in jobs]
         if results is None and (missed := [job for job in jobs if job not in found]):
             names = ", ".join(map(str, missed))
             raise StoreUnavailable(f"the database is away, and these jobs do not run on this host: {names}")
@@ -283,8 +278,8 @@ class Calls:
         yield ReloadReply(changed=await self._parts.reload())
 
     async def actors(self, _asked: ActorsParams, _peer: Peer) -> Replies:
-        for info in await self._parts.ask("root", AskActors()):
-            yield ActorsReply(actor=ActorView(**msgspec.structs.asdict(info)))
+        infos = await self._parts.ask("root", AskActors())
+        yield [ActorsReply(actor=ActorView(**msgspec.structs.asdict(info))) for info in infos]
 
     async def version(self, _asked: VersionParams, _peer: Peer) -> Replies:
         yield VersionReply(version=__version__, interface=INTERFACE, python=platform.python_version())
@@ -299,12 +294,19 @@ def _unique(ids: list[int]) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
-async def _next(rows: AsyncIterator[JobRow]) -> JobRow | None:
-    return await anext(rows, None)
+def _stopped(job: int, is_here: bool, results: Mapping[int, StopResult] | None) -> StopReply:
+    if results is None:
+        return StopReply(id=job, did="stopping" if is_here else "unavailable", recorded=False)
+    result = results.get(job) or StopResult(job, "stopping")
+    return StopReply(id=job, did=result.did, is_over=result.is_over)
 
 
-async def _close(rows: AsyncIterator[JobRow]) -> None:
+async def _next(pages: AsyncIterator[list[JobRow]]) -> list[JobRow] | None:
+    return await anext(pages, None)
+
+
+async def _close(pages: AsyncIterator[list[JobRow]]) -> None:
     """The port promises an iterator only; a generator holds a connection until it is closed."""
-    close = getattr(rows, "aclose", None)
+    close = getattr(pages, "aclose", None)
     if close is not None:
         await close()

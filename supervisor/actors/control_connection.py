@@ -5,8 +5,8 @@ May import ``framing``, ``protocol``, ``varlink_idl`` and anyio. The control act
 Rules that hold:
 
 - Calls are answered in the order in which they came; while one runs, ``max_frame`` bytes or so of others is kept.
-- A reply is made only once the one before it is in the kernel, so a peer that reads nothing costs one reply of memory,
-  and is dropped after ``slow_timeout``; nobody else waits for it.
+- A reply (of a long stream: ``_WRITE`` bytes of them) is made only once what came before is in the kernel, so a peer
+  that reads nothing costs that much memory, and is dropped after ``slow_timeout``; nobody else waits for it.
 - A peer that is gone ends its running call. One that merely shut down its writing end still gets its answers.
 - What can't be read as a call is answered once, then the connection is closed: after it no frame border can be trusted.
 """
@@ -19,7 +19,7 @@ import secrets
 import select
 import socket
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -36,6 +36,7 @@ from supervisor.framing import (
     FrameTooLarge,
     InternalError,
     Reply,
+    append_reply,
     decode_call,
     decode_params,
     encode_frame,
@@ -49,11 +50,15 @@ from supervisor.varlink_idl import SERVICE_DESCRIPTION, description
 
 log = logging.getLogger("supervisor.control")
 
-Replies = AsyncGenerator[msgspec.Struct, None]
+Replies = AsyncGenerator[msgspec.Struct | Sequence[msgspec.Struct], None]
+"""A sequence: replies of a stream that are there at once, as a page of a list."""
+
 Handler = Callable[[Any, Peer], Replies]
 """Answers one call: gives its replies. The parameters are of the method's own struct in ``METHODS``."""
 
 _READ: Final = 64 << 10
+_WRITE: Final = 128 << 10
+"""Bytes of a stream's replies, or the one reply that is larger, in one write."""
 _HANGUP_CHECK: Final = 1.0
 _FAIRNESS: Final = 16
 """Replies sent in a row before others get the loop: a send that fits into the kernel's buffer does not wait."""
@@ -227,6 +232,9 @@ class Connection:
         sent = 0
         async with aclosing(self._handlers[name](params, self._peer)) as replies:
             async for reply in replies:
+                if not isinstance(reply, msgspec.Struct):
+                    await self._reply_many(call, reply)
+                    continue
                 await self._reply(call, Reply(parameters=pack(reply), continues=method.more))
                 sent += 1
                 if sent % _FAIRNESS == 0:
@@ -274,10 +282,26 @@ class Connection:
         if not call.oneway:
             await self._send(reply)
 
+    async def _reply_many(self, call: Call, replies: Sequence[msgspec.Struct]) -> None:
+        if call.oneway:
+            return
+        data = bytearray()
+        for reply in replies:
+            append_reply(data, reply)
+            if len(data) >= _WRITE:
+                await self._write(data)
+                await checkpoint()
+                data = bytearray()
+        if data:
+            await self._write(data)
+
     async def _send(self, reply: Reply) -> None:
         data = encode_frame(reply)
         if len(data) > MAX_REPLY:
             data = encode_frame(error_reply(InternalError(f"the reply is larger than {MAX_REPLY} bytes")))
+        await self._write(data)
+
+    async def _write(self, data: bytes | bytearray) -> None:
         try:
             with anyio.fail_after(self._limits.slow_timeout):
                 await asyncio.get_running_loop().sock_sendall(self._sock, data)

@@ -46,12 +46,15 @@ class Following:
         deadline = None if asked.timeout is None else anyio.current_time() + asked.timeout
         with Rhythm(self._parts.pace, self._store) as rhythm:
             while True:
-                for row in [row for row in await self._states(pending) if row.state.is_final]:
+                over = [row for row in await self._states(pending) if row.state.is_final]
+                if over:
                     rhythm.changed()
-                    pending.remove(row.id)
-                    yield JobReply(job=job_view(row, self._parts.clock()))
+                    now = self._parts.clock()
+                    yield [JobReply(job=job_view(row, now)) for row in (over[:1] if asked.any else over)]
                     if asked.any:
                         return
+                    ended = {row.id for row in over}
+                    pending = [job for job in pending if job not in ended]
                 if not pending:
                     return
                 left = None if deadline is None else deadline - anyio.current_time()
@@ -197,9 +200,9 @@ class Following:
         with Rhythm(self._parts.pace, self._store) as rhythm:
             while True:
                 page = await self._events(after, asked.follow)
-                for row in page:
-                    after = row.id
-                    yield EventsReply(event=utc_fields(row))
+                if page:
+                    after = page[-1].id
+                    yield [EventsReply(event=utc_fields(row)) for row in page]
                 if len(page) == _PAGE:
                     continue
                 if not asked.follow:

@@ -31,6 +31,7 @@ from supervisor.mailbox import Ask, Lane, Mailbox, MailboxStats
 from supervisor.messages import (
     ActorInfo,
     AskActors,
+    AskDetach,
     AskDrain,
     AskResume,
     AskRunning,
@@ -58,7 +59,6 @@ from supervisor.messages import (
     SessionGone,
     SessionOpened,
     Status,
-    StopClaiming,
     StopOrders,
     Woken,
     WorkEnded,
@@ -111,6 +111,7 @@ class Dispatcher:
         self._unchecked = 0
         self._leaving = paused
         self._release_timer: asyncio.TimerHandle | None = None
+        self._detaching: Ask[Any] | None = None
         self._outbox = Outbox(store, on_verdict=self._on_verdict, on_refused=self._on_refused, rng=rng)
         self._reconciler = Reconciler(
             store,
@@ -149,7 +150,10 @@ class Dispatcher:
                 tasks.create_task(self._outbox.run())
                 tasks.create_task(self._claimer.run())
                 self._keeper.tell(DispatcherUp(), Lane.CONTROL)
-                async for item in self.mailbox:
+                while True:
+                    item = self.mailbox.receive_nowait()
+                    if item is None:
+                        item = await self.mailbox.receive()
                     if isinstance(item, Ask):
                         self._answer(item)
                     else:
@@ -188,9 +192,6 @@ class Dispatcher:
             case Drain(deadline):
                 self._leaving = True
                 self._drain(deadline)
-            case StopClaiming():
-                self._leaving = True
-                self._claimer.paused = True
             case Reconfigure():
                 self._host = message
                 self._claimer.reconfigure(
@@ -221,6 +222,13 @@ class Dispatcher:
             case AskDrain(deadline):
                 self._drain(deadline)
                 ask.answer(None)
+            case AskDetach():
+                self._leaving = True
+                self._claimer.paused = True
+                self._detaching = ask
+                for held in self._mortal():
+                    self._tell(held.lease.id, Release(self._host.grace))
+                self._check_detached()
             case AskResume():
                 if self._leaving:
                     ask.fail(Busy("the daemon is about to end: it takes no jobs any more"))
@@ -278,7 +286,8 @@ class Dispatcher:
 
     async def _run_job(self, held: Held) -> None:
         try:
-            await held.actor.run()
+            assert self._tasks is not None
+            await held.actor.run(self._tasks)
         except Exception as error:
             log.exception("the actor of job %s crashed", held.lease.job)
             self._follow(held, Crashed(f"{type(error).__name__}: {error}"))
@@ -294,6 +303,7 @@ class Dispatcher:
         self._claimer.wake()
         self._reconciler.check_work_ended()
         self._check_drained()
+        self._check_detached()
 
     def _follow(self, held: Held, doom: Crashed | Stalled) -> None:
         """Another actor takes the attempt up, to end it."""
@@ -319,10 +329,12 @@ class Dispatcher:
             return
         held.heard = _now()
         held.moved = moved
-        if moved.step is not None:
-            self._outbox.progress(moved.lease, moved.step)
-        if held.alive is not moved.alive:
-            held.alive = moved.alive
+        if moved.steps:
+            self._outbox.progress(moved.lease, moved.steps)
+        self._set_alive(held, moved.alive)
+
+    def _set_alive(self, held: Held, alive: bool) -> None:
+        if self._ledger.set_alive(held, alive):
             self._claimer.wake()
             self._reconciler.check_work_ended()
 
@@ -332,6 +344,7 @@ class Dispatcher:
         if held is None:
             return
         held.end = end
+        self._set_alive(held, False)
         if over.superseded:
             held.in_database = False
             self._outbox.supersede(end)
@@ -390,6 +403,14 @@ class Dispatcher:
     def _release_all(self, kill: bool) -> None:
         for held in self._ledger:
             self._tell(held.lease.id, Release(0.0 if kill else self._host.grace, kill))
+
+    def _mortal(self) -> list[Held]:
+        """The jobs that end with the daemon."""
+        return [held for held in self._ledger if not self._runners[held.lease.kind].survives]
+
+    def _check_detached(self) -> None:
+        if self._detaching is not None and not self._claimer.in_flight and not self._mortal():
+            self._detaching.answer(None)
 
     def _check_drained(self) -> None:
         busy = self._claimer.in_flight or len(self._ledger) or self._reconciler.burials or not self._outbox.is_empty
@@ -451,7 +472,7 @@ def _now() -> float:
 def _info(held: Held, stats: MailboxStats) -> ActorInfo:
     return ActorInfo(
         name=f"job {held.lease.job}",
-        state="unknown" if held.moved is None else held.moved.phase.value,
+        state="starting" if held.moved is None else held.moved.phase.value,
         restarts=held.crashes,
         **msgspec.structs.asdict(stats),
     )

@@ -4,9 +4,9 @@
 events. What may take time runs as a task of its own, so that the mailbox is always read: a stop, a beat or a status
 never waits for a runner that hangs. Adapters' callbacks and timers only ever ``tell`` the mailbox.
 
-It is kept cheap (a host may have ten thousand): one task, one mailbox, asyncio's own TaskGroup (anyio's costs several
-times as much to start a task in). A bare cancel, which is how the dispatcher replaces a stalled one, is safe here: the
-mailbox loses nothing by it, and the attempt lives on disk.
+It is kept cheap (a host may have ten thousand): one task, one mailbox, and what a short attempt never needs is never
+made. What a runner answers at once is fed in the same turn, without a task. A bare cancel, which is how the dispatcher
+replaces a stalled one, is safe here: the mailbox loses nothing by it, and the attempt lives on disk.
 
 May import the seams and model. Made by the root's factory, owned by the dispatcher.
 """
@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from random import Random
 from typing import Any, TypeVarTuple, Unpack, assert_never
 
-import msgspec
-
+from supervisor.actors.job_words import end_of, fit_to_leave, moved_of
 from supervisor.mailbox import Ask, Mailbox, Told
 from supervisor.messages import Beat, DispatcherMessage, JobAlive, JobMessage, JobMoved, JobOver, JobStart
 from supervisor.model.attempt import AttemptState, Stage, advance
@@ -46,7 +46,6 @@ from supervisor.model.attempt_words import (
     Prepared,
     PrepareFailed,
     Report,
-    Result,
     StartFailed,
     StartStep,
     StepEnd,
@@ -57,10 +56,9 @@ from supervisor.model.attempt_words import (
     Tell,
 )
 from supervisor.model.errors import BsupError, InvalidInput, StoreUnavailable
-from supervisor.model.job import AttemptEnd, Lease, Outcome, StepRecord
-from supervisor.model.policies import decide_retry, patience
-from supervisor.model.redaction import SecretSet, secret_values
-from supervisor.ports import LogSink, Runner
+from supervisor.model.job import Lease, Phase, StepRecord
+from supervisor.model.policies import patience
+from supervisor.ports import LogSink, Runner, answered
 
 log = logging.getLogger("supervisor.job")
 Ts = TypeVarTuple("Ts")
@@ -72,14 +70,6 @@ LOG_TRIES = 3
 """How often completing a log is tried when it raises what nobody foresaw; then the end is told without the rest of
 it."""
 
-_TEXT_CAP = 4000
-
-
-class _RetrySpec(msgspec.Struct, frozen=True):
-    """All that this actor needs of a spec, whatever its kind."""
-
-    backoff: float = 10.0
-
 
 class JobActor:
     """See the module. ``grace``: the host's default seconds between SIGTERM and SIGKILL."""
@@ -88,8 +78,12 @@ class JobActor:
         "_adopting",
         "_dispatcher",
         "_effects",
+        "_events",
+        "_feeding",
         "_grace",
+        "_in_process",
         "_log_open",
+        "_moved",
         "_notes",
         "_preparing",
         "_rng",
@@ -99,6 +93,7 @@ class JobActor:
         "_state",
         "_tasks",
         "_timers",
+        "_told",
         "lease",
         "mailbox",
     )
@@ -123,65 +118,118 @@ class JobActor:
         self._grace = grace
         self._rng = rng
         self._state = AttemptState()
-        self._adopting = False
+        self._adopting = start.adopt
+        self._in_process = False
         self._log_open = False
         self._tasks: asyncio.TaskGroup | None = None
-        self._effects: set[asyncio.Task[None]] = set()
-        self._notes: list[asyncio.Task[None]] = []
         self._preparing: asyncio.Task[None] | None = None
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._feeding = False
+        # Made when they are needed: most attempts of a short job never need them.
+        self._events: deque[Event] | None = None
+        self._effects: set[asyncio.Task[None]] | None = None
+        self._notes: list[asyncio.Task[None]] | None = None
+        self._timers: dict[str, asyncio.TimerHandle] | None = None
+        self._moved: list[StepRecord] | None = None
+        """Records to report at the end of this turn."""
+        self._told: tuple[Phase, bool, int | None] | None = None
+        """What the dispatcher knows: the phase, whether it is alive, the current step."""
 
-    async def run(self) -> None:
-        """Until the attempt is over and cleaned up. Canceled, it leaves what it has on disk for the actor after it."""
+    async def run(self, tasks: asyncio.TaskGroup) -> None:
+        """Until the attempt is over and cleaned up. Canceled, it leaves what it has on disk for the actor after it.
+        ``tasks`` owns what takes time."""
+        self._tasks = tasks
+        mailbox = self.mailbox
         try:
-            async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
-                self._begin()
-                async for item in self.mailbox:
-                    if isinstance(item, Ask):
-                        item.fail(BsupError("a job's actor is not asked, it is told"))
-                    elif isinstance(item, Beat):
-                        self._dispatcher.tell(JobAlive(self.lease.id))
-                    else:
-                        self._feed(item)
-                    if self._state.stage is Stage.OVER:
-                        break
-                # Only stops of what has ended meanwhile, or looks at it, can be under way still.
-                for task in self._effects:
-                    task.cancel()
+            self._begin()
+            while self._state.stage is not Stage.OVER:
+                item = mailbox.receive_nowait()
+                if item is None:
+                    item = await mailbox.receive()
+                if isinstance(item, Ask):
+                    item.fail(BsupError("a job's actor is not asked, it is told"))
+                elif isinstance(item, Beat):
+                    self._dispatcher.tell(JobAlive(self.lease.id))
+                else:
+                    self._feed(item)
         finally:
-            self.mailbox.close()
-            for timer in self._timers.values():
+            mailbox.close()
+            # At the end only stops of what has ended meanwhile, or looks at it, can be under way still.
+            for task in self._effects or ():
+                task.cancel()
+            for timer in (self._timers or {}).values():
                 timer.cancel()
             self._tasks = None
 
     # --- events in, effects out -------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._adopting = self._start_mode.adopt
-        self._preparing = self._spawn(self._adopt if self._adopting else self._prepare)
-        if self._start_mode.doom is not None:
-            self._feed(self._start_mode.doom)
+        self._feeding = True  # a preparation that answers at once is fed after what dooms the attempt
+        if self._adopting:
+            self._preparing = self._spawn(self._adopt)
         else:
-            self._report(None)
+            self._prepare()
+        self._feeding = False
+        doom = self._start_mode.doom
+        prepared, self._events = self._events, None
+        for event in (*(() if doom is None else (doom,)), *(prepared or ())):
+            self._feed(event)
 
     def _feed(self, event: Event) -> None:
-        before = self._state
-        self._state, effects = advance(before, event)
-        reported = False
+        """One turn: the event, and those that its effects gave at once, in order; then the dispatcher is told."""
+        if self._feeding:
+            if self._events is None:
+                self._events = deque()
+            self._events.append(event)
+            return
+        self._feeding = True
+        try:
+            over = self._take(event)
+            while self._events:
+                over |= self._take(self._events.popleft())
+        finally:
+            self._feeding = False
+        # An end tells all that a report would.
+        if over:
+            self._moved = None
+        elif self._moved or self._told != self._standing():
+            self._report()
+
+    def _take(self, event: Event) -> bool:
+        """Whether the attempt's end was told."""
+        self._state, effects = advance(self._state, event)
+        over = False
         for effect in effects:
-            reported |= isinstance(effect, Report)
+            over |= isinstance(effect, Tell)
             self._perform(effect)
-        after = self._state
-        if not reported and (
-            before.phase is not after.phase or before.current != after.current or before.is_alive is not after.is_alive
-        ):
-            self._report(None)
+        return over
 
     def _perform(self, effect: Effect) -> None:
         match effect:
             case StartStep(index):
-                self._spawn(self._start_step, index)
+                self._start_step(index)
+            case Report(step):
+                if not self._in_process:
+                    self._moved = [*(self._moved or ()), step]
+            case LogStepStarted(index):
+                if self._log_open:
+                    self._sink.step_started(self.lease.id, index)
+            case LogStepEnded(index):
+                if self._log_open:
+                    self._sink.step_ended(self.lease.id, index)
+            case CompleteLog():
+                if self._log_open:
+                    self._spawn(self._complete_log)
+                else:
+                    self._feed(LogCompleted())
+            case Tell(result, superseded):
+                end = end_of(
+                    self.lease, result, superseded, words=self._words, in_process=self._in_process, rng=self._rng
+                )
+                self._tell(JobOver(end, superseded))
+            case CleanUp():
+                self._clean_up()
+            case ArmTimeout(seconds):
+                self._arm("timeout", seconds, JobTimedOut(self._grace))
             case StopRun(grace, kill):
                 self._spawn(self._stop_run, grace, kill)
                 self._arm("overdue", (0.0 if kill else grace) + STOP_PATIENCE, StopOverdue())
@@ -189,23 +237,9 @@ class JobActor:
                 self._spawn(self._inspect, index)
             case AbandonPrepare():
                 self._abandon_prepare()
-            case Report(step):
-                self._report(step)
-            case ArmTimeout(seconds):
-                self._arm("timeout", seconds, JobTimedOut(self._grace))
-            case LogStepStarted(index):
-                self._sink.step_started(self.lease.id, index)
-            case LogStepEnded(index):
-                self._sink.step_ended(self.lease.id, index)
             case Note(index, text):
                 if self._log_open:
-                    self._notes.append(self._spawn(self._note, index, text))
-            case CompleteLog():
-                self._spawn(self._complete_log)
-            case Tell(result, superseded):
-                self._tell(JobOver(self._end_of(result, superseded), superseded))
-            case CleanUp():
-                self._spawn(self._clean_up)
+                    self._notes = [*(self._notes or ()), self._spawn(self._note, index, text)]
             case _:
                 assert_never(effect)
 
@@ -220,76 +254,30 @@ class JobActor:
             asyncio.get_running_loop().call_later(0.1, self._tell, message)
 
     def _arm(self, name: str, seconds: float, event: Event) -> None:
+        if self._timers is None:
+            self._timers = {}
         timer = self._timers.pop(name, None)
         if timer is not None:
             timer.cancel()
         self._timers[name] = asyncio.get_running_loop().call_later(seconds, self._tell_self, event)
 
-    def _report(self, step: StepRecord | None) -> None:
-        state = self._state
-        current = state.current
-        # A copy: the record told is the dispatcher's from now on.
-        told = None if step is None else msgspec.structs.replace(step, error=self._words(step.error))
-        self._tell(
-            JobMoved(
-                lease=self.lease.id,
-                phase=state.phase,
-                alive=state.is_alive,
-                stop_asked=state.cause != 0,
-                current=None if current is None else state.steps[current].index,
-                current_name=None if current is None else state.steps[current].name,
-                steps_total=len(state.steps),
-                started_at=state.started_at,
-                step=told,
-            )
-        )
+    def _standing(self) -> tuple[Phase, bool, int | None]:
+        return self._state.phase, self._state.is_alive, self._state.current
 
-    def _end_of(self, result: Result, superseded: bool) -> AttemptEnd:
-        retry: float | None = None
-        if result.outcome is Outcome.FAILED:
-            retry = decide_retry(
-                failures=self.lease.failures,
-                attempts=self.lease.attempts,
-                backoff=self._backoff(),
-                rng=self._rng,
-                may_retry=result.may_retry,
-            ).delay
-        return AttemptEnd(
-            lease=self.lease.id,
-            job=self.lease.job,
-            attempt=self.lease.attempt,
-            outcome=Outcome.SUPERSEDED if superseded else result.outcome,
-            exit_code=result.exit_code,
-            signal=result.signal,
-            error=self._words(result.error),
-            reason=result.reason,
-            retry_delay=retry,
-            started_at=result.started_at,
-            ended_at=result.ended_at or datetime.now(UTC),
-            steps=[msgspec.structs.replace(step, error=self._words(step.error)) for step in result.steps],
-        )
+    def _report(self) -> None:
+        moved, self._moved = self._moved, None
+        self._told = self._standing()
+        self._tell(moved_of(self.lease, self._state, moved or (), words=self._words, in_process=self._in_process))
 
-    def _backoff(self) -> float:
-        try:
-            return msgspec.json.decode(self.lease.spec, type=_RetrySpec).backoff
-        except msgspec.MsgspecError:
-            return _RetrySpec().backoff
-
-    def _words(self, text: str | None) -> str | None:
-        """A text fit to leave this actor: redacted, without NULs, of bounded length."""
-        if text is None:
-            return None
-        if self._log_open:
-            text = self._sink.redact(self.lease.id, text)
-        else:
-            text = SecretSet(secret_values(self.lease.secrets, self.lease.redact, {})).text(text)
-        text = text.replace("\0", "\\0")
-        return text if len(text) <= _TEXT_CAP else text[: _TEXT_CAP - 1] + "…"
+    def _words(self, text: str) -> str:
+        return fit_to_leave(self.lease, text, self._sink, log_open=self._log_open)
 
     # --- effects that take time -------------------------------------------------------------------------------
 
     def _spawn(self, work: Callable[[Unpack[Ts]], Coroutine[Any, Any, None]], *args: *Ts) -> asyncio.Task[None]:
         assert self._tasks is not None
+        if self._effects is None:
+            self._effects = set()
         task = self._tasks.create_task(self._guarded(work, *args))
         self._effects.add(task)
         task.add_done_callback(self._effects.discard)
@@ -303,27 +291,42 @@ class JobActor:
             log.exception("job %s: an effect crashed", self.lease.job)
             self._tell_self(Crashed(f"{type(error).__name__}: {error}"))
 
-    async def _prepare(self) -> None:
+    def _prepare(self) -> None:
         try:
-            plan = await self._runner.prepare(self.lease)
+            plan = self._runner.prepare(self.lease)
+        except Exception as error:
+            self._feed(self._not_prepared(error))
+            return
+        if isinstance(plan, Plan) and plan.in_process:
+            self._in_process = True
+            self._feed(Prepared(plan))
+        else:
+            self._preparing = self._spawn(self._finish_preparing, plan)
+
+    async def _finish_preparing(self, asked: Plan | Awaitable[Plan]) -> None:
+        try:
+            plan = await answered(asked)
             await self._open_log(plan)
-        except InvalidInput as error:
-            self._tell_self(PrepareFailed(str(error), invalid=True))
         except asyncio.CancelledError:
             # Canceled by ``_abandon_prepare``, or with the whole actor: then nobody reads this.
             self._tell_self(PrepareFailed("the preparation did not end in time and was given up"))
             raise
         except Exception as error:
-            if not isinstance(error, BsupError):
-                log.exception("job %s: the preparation crashed", self.lease.job)
-            self._tell_self(PrepareFailed(str(error) or type(error).__name__))
+            self._tell_self(self._not_prepared(error))
         else:
             self._tell_self(Prepared(plan))
+
+    def _not_prepared(self, error: Exception) -> PrepareFailed:
+        if isinstance(error, InvalidInput):
+            return PrepareFailed(str(error), invalid=True)
+        if not isinstance(error, BsupError):
+            log.exception("job %s: the preparation crashed", self.lease.job, exc_info=error)
+        return PrepareFailed(str(error) or type(error).__name__)
 
     async def _open_log(self, plan: Plan) -> None:
         """A database that is away is no reason to fail a job: nothing runs yet, so it waits."""
         tries = 0
-        while not self._log_open:
+        while not self._log_open and not plan.in_process:
             try:
                 await self._sink.open(self.lease, plan)
                 self._log_open = True
@@ -341,7 +344,7 @@ class JobActor:
                 if taken is None:
                     self._tell_self(NothingToAdopt())
                     return
-                plan = await self._runner.prepare(self.lease)
+                plan = await answered(self._runner.prepare(self.lease))
                 await self._open_log(plan)
             except Exception as error:
                 tries += 1
@@ -349,6 +352,7 @@ class JobActor:
                 await asyncio.sleep(patience(tries, self._rng))
             else:
                 begun = min((step.started_at for step in taken if step.started_at is not None), default=None)
+                self._in_process = plan.in_process
                 elapsed = 0.0 if begun is None else max(0.0, (datetime.now(UTC) - begun).total_seconds())
                 self._tell_self(Adopted(plan, tuple(taken), elapsed, self._start_mode.rebooted))
                 return
@@ -356,15 +360,29 @@ class JobActor:
     def _on_step_end(self, end: StepEnd) -> None:
         self._tell_self(StepEnded(end))
 
-    async def _start_step(self, index: int) -> None:
+    def _start_step(self, index: int) -> None:
         try:
-            at = await self._runner.start(self.lease.id, index, self._on_step_end)
+            at = self._runner.start(self.lease.id, index, self._on_step_end)
         except Exception as error:
-            if not isinstance(error, BsupError):
-                log.exception("job %s: starting a step crashed", self.lease.job)
-            self._tell_self(StartFailed(index, str(error) or type(error).__name__))
+            self._feed(self._not_started(index, error))
+            return
+        if isinstance(at, datetime):
+            self._feed(StepStarted(index, at))
+        else:
+            self._spawn(self._finish_starting, index, at)
+
+    async def _finish_starting(self, index: int, asked: Awaitable[datetime]) -> None:
+        try:
+            at = await asked
+        except Exception as error:
+            self._tell_self(self._not_started(index, error))
         else:
             self._tell_self(StepStarted(index, at))
+
+    def _not_started(self, index: int, error: Exception) -> StartFailed:
+        if not isinstance(error, BsupError):
+            log.exception("job %s: starting a step crashed", self.lease.job, exc_info=error)
+        return StartFailed(index, str(error) or type(error).__name__)
 
     async def _stop_run(self, grace: float, kill: bool) -> None:
         try:
@@ -414,12 +432,29 @@ class JobActor:
                 await asyncio.sleep(patience(tries, self._rng))
         self._tell_self(LogCompleted())
 
-    async def _clean_up(self) -> None:
+    def _clean_up(self) -> None:
         """What is left behind here is found again as a handle without a lease, by the next reconciliation."""
+        if self._log_open:
+            self._spawn(self._finish_cleaning, None)
+            return
+        try:
+            removing = self._runner.discard(self.lease.id)
+        except Exception:
+            log.exception("job %s: its remains could not be removed", self.lease.job)
+            removing = None
+        if removing is None:
+            self._feed(CleanedUp())
+        else:
+            self._spawn(self._finish_cleaning, removing)
+
+    async def _finish_cleaning(self, removing: Awaitable[None] | None) -> None:
         try:
             if self._log_open:
                 await self._sink.close(self.lease.id)
-            await self._runner.discard(self.lease.id)
+            if removing is None:
+                removing = self._runner.discard(self.lease.id)
+            if removing is not None:
+                await removing
         except Exception:
             log.exception("job %s: its remains could not be removed", self.lease.job)
         self._tell_self(CleanedUp())

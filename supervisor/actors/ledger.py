@@ -12,7 +12,7 @@ from typing import Protocol
 from supervisor.mailbox import Mailbox
 from supervisor.messages import JobMessage, JobMoved, JobStart, RunningJob
 from supervisor.model.job import AttemptEnd, Lease, LeaseId, Phase
-from supervisor.model.policies import Capacity, Free, room_left
+from supervisor.model.policies import Capacity, Free, Taken, room_left
 
 
 class JobRun(Protocol):
@@ -21,7 +21,7 @@ class JobRun(Protocol):
     @property
     def mailbox(self) -> Mailbox[JobMessage]: ...
 
-    async def run(self) -> None: ...
+    async def run(self, tasks: asyncio.TaskGroup) -> None: ...
 
 
 MakeJob = Callable[[Lease, JobStart], JobRun]
@@ -39,6 +39,7 @@ class Held:
         self.task: asyncio.Task[None] | None = None
         self.moved: JobMoved | None = None
         self.alive = True
+        """Set through ``Ledger.set_alive`` only, which keeps the sums."""
         self.in_database = True
         self.end: AttemptEnd | None = None
         self.heard = now
@@ -66,10 +67,11 @@ class Held:
 
 
 class Ledger:
-    """Every lease held, by id."""
+    """Every lease held, by id, and the sums of what the living take: no look at the host's room walks all jobs."""
 
     def __init__(self) -> None:
         self._held: dict[LeaseId, Held] = {}
+        self._taken = Taken()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -84,22 +86,37 @@ class Ledger:
         return self._held.get(lease)
 
     def add(self, held: Held) -> None:
+        """In place of one with the same lease, if there is one."""
+        self.remove(held.lease.id)
         self._held[held.lease.id] = held
+        if held.alive:
+            self._taken.add(held.lease)
 
     def remove(self, lease: LeaseId) -> None:
-        self._held.pop(lease, None)
+        held = self._held.pop(lease, None)
+        if held is not None and held.alive:
+            self._taken.remove(held.lease)
+
+    def set_alive(self, held: Held, alive: bool) -> bool:
+        """Whether that is a change."""
+        if held.alive is alive:
+            return False
+        held.alive = alive
+        if self._held.get(held.lease.id) is held:
+            (self._taken.add if alive else self._taken.remove)(held.lease)
+        return True
 
     def ids(self) -> set[LeaseId]:
         return set(self._held)
 
     def alive(self) -> int:
-        return sum(held.alive for held in self._held.values())
+        return self._taken.jobs
 
     def free(self, capacity: Capacity) -> Free:
         """What may be claimed. A job whose processes ended gives its room back before its end is recorded, but not
         without bound: while the store is slow, at most as many ends again as there are slots (and a few) may be under
         way."""
-        free = room_left(capacity, (held.lease for held in self._held.values() if held.alive))
+        free = room_left(capacity, self._taken)
         bound = 2 * capacity.slots + 16 - len(self._held)
         return Free(max(0, min(free.slots, bound)), free.cpu, free.memory)
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -101,9 +102,9 @@ class Outbox:
         self._progress.pop(end.lease, None)
         self._work["superseded"].set()
 
-    def progress(self, lease: LeaseId, step: StepRecord) -> None:
+    def progress(self, lease: LeaseId, steps: Sequence[StepRecord]) -> None:
         if self._me is not None and lease.session == self._me.session and lease not in self._ends:
-            self._progress.setdefault(lease, {})[step.index] = step
+            self._progress.setdefault(lease, {}).update({step.index: step for step in steps})
             self._work["progress"].set()
 
     async def run(self) -> None:
@@ -120,7 +121,7 @@ class Outbox:
             await self._work["ends"].wait()
             self._work["ends"].clear()
             while self._ends and (me := self._me) is not None:
-                batch = dict(list(self._ends.items())[:BATCH])
+                batch = dict(islice(self._ends.items(), BATCH))
                 try:
                     verdicts, stuck = await self._finish(me, batch)
                 except StoreUnavailable as error:
@@ -177,7 +178,7 @@ class Outbox:
             await self._work["superseded"].wait()
             self._work["superseded"].clear()
             while self._superseded:
-                batch = dict(list(self._superseded.items())[:BATCH])
+                batch = dict(islice(self._superseded.items(), BATCH))
                 try:
                     await self._store.supersede(list(batch.values()))
                 except StoreUnavailable:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from supervisor.actors.adoption import Burial, compare, release_of
@@ -97,6 +97,7 @@ class Reconciler:
         rows = await self._store.leases(me)
         if self._me != me:
             return
+        handles |= self._gone(rows, me)
         found = compare(
             rows=rows,
             handles=handles.keys(),
@@ -110,8 +111,7 @@ class Reconciler:
             ending=ending | self._outbox.unanswered(),
         )
         for lease in found.adopt:
-            if lease.kind in self._runners:
-                self._take(lease, JobStart(adopt=True, rebooted=self._rebooted))
+            self._take(lease, JobStart(adopt=True, rebooted=self._rebooted))
         for lease in found.release:
             self._outbox.finish(release_of(lease))
         for orphan in found.orphans:
@@ -129,6 +129,14 @@ class Reconciler:
         if not self.is_reconciled:
             self.is_reconciled = True
             self._on_reconciled()
+
+    def _gone(self, rows: Sequence[Lease], me: Me) -> dict[LeaseId, Runner]:
+        """Leases of a daemon before this one whose jobs ended with it: nothing is on disk, and they may have begun."""
+        return {
+            row.id: runner
+            for row in rows
+            if row.id.epoch < me.epoch and (runner := self._runners.get(row.kind)) is not None and not runner.survives
+        }
 
     def _known(self) -> set[LeaseId]:
         return self._ledger.ids() | self._burials.keys() | self._outbox.unanswered()

@@ -33,6 +33,7 @@ from supervisor.messages import (
     ActorInfo,
     AskActors,
     AskCloseSession,
+    AskDetach,
     AskLastRenewal,
     AskStatus,
     DispatcherMessage,
@@ -47,7 +48,6 @@ from supervisor.messages import (
     ReloadAsked,
     RootMessage,
     Status,
-    StopClaiming,
     Terminate,
 )
 from supervisor.model.errors import BsupError, Busy
@@ -58,6 +58,9 @@ log = logging.getLogger("supervisor.root")
 
 READY_PATIENCE = 20.0
 """Seconds after which READY is said without the database."""
+
+DETACH_PATIENCE = 5.0
+"""Seconds beyond the grace that in-process jobs get to end, and their ends to be recorded, before a daemon leaves."""
 
 UNRECORDED_PATIENCE = 30.0
 """Seconds beyond drain and grace that ends may wait for the database; then the daemon goes, and the next one records
@@ -336,7 +339,10 @@ class Root:
     async def _detach(self) -> None:
         log.info("detaching: running jobs stay for the next daemon")
         self._parts.notifier.status("detaching")
-        self._at.dispatcher.tell(StopClaiming(), Lane.CONTROL)
+        try:
+            await self._at.dispatcher.ask(AskDetach(), self._limits.grace + DETACH_PATIENCE)
+        except (Busy, ActorGone, TimeoutError):
+            log.warning("in-process jobs did not end in time: they are lost with this daemon, and run again")
         try:
             renewed = await self._at.keeper.ask(AskLastRenewal(), 5.0)
         except (Busy, ActorGone, TimeoutError):

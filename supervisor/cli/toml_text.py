@@ -48,6 +48,12 @@ def _toml(value: object) -> str:
             return json.dumps(value, ensure_ascii=False)
         case tuple() | list():
             return f"[{', '.join(_toml(item) for item in value)}]"
+        case dict():
+            return (
+                f"{{ {', '.join(f'{_toml(name)} = {_toml(item)}' for name, item in value.items())} }}"
+                if value
+                else "{}"
+            )
         case msgspec.Struct():
             pairs = (f"{name} = {_toml(getattr(value, name))}" for name in value.__struct_fields__)
             return f"{{ {', '.join(pairs)} }}"

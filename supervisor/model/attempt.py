@@ -367,8 +367,16 @@ def _ended_step(state: AttemptState, end: StepEnd) -> AttemptState:
     if end.cause == "fence":
         return _caused(state, Cause.FENCE, "ended at the fence: the host could not renew its lease in time")
     if step_state is StepState.FAILED and not state.failed:
-        reason = {"timeout": "timeout", "exec": "exec"}.get(end.cause or "", "step")
-        state = _replace(state, failed=True, exit_code=end.exit_code, signal=end.signal, error=error, reason=reason)
+        reason = end.cause if end.cause in ("timeout", "exec", "invalid") else "step"
+        state = _replace(
+            state,
+            failed=True,
+            retry=end.cause != "invalid",
+            exit_code=end.exit_code,
+            signal=end.signal,
+            error=error,
+            reason=reason,
+        )
     return state
 
 

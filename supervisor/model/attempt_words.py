@@ -27,15 +27,17 @@ class StepPlan(msgspec.Struct, frozen=True):
 
 class Plan(msgspec.Struct, frozen=True):
     """What an attempt consists of; index 0 may be bsup's own ``checkout`` step. ``timeout`` is the job's, in
-    seconds."""
+    seconds. ``in_process``: its one step is a handler's run in the daemon, which has no record and no log of its
+    own."""
 
     steps: tuple[StepPlan, ...]
     timeout: float | None
+    in_process: bool = False
 
 
 class StepEnd(msgspec.Struct, frozen=True):
     """How a step ended. ``cause``: why it was ended from outside: stop, timeout, fence; exec: it could not be started;
-    gone: its process is gone without an exit record (a loss)."""
+    gone: its process is gone without an exit record (a loss); invalid: trying it again would not help."""
 
     index: int
     exit_code: int | None

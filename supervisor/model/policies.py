@@ -7,6 +7,7 @@ Called by the actors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from random import Random
 
 import msgspec
@@ -107,14 +108,44 @@ class Free(msgspec.Struct, frozen=True):
     memory: int | None
 
 
-def room_left(capacity: Capacity, working: Iterable[Lease]) -> Free:
-    """What the jobs in ``working`` leave. One that runs ``alone`` weighs all slots; nothing is ever below zero."""
-    slots, cpu, memory = capacity.slots, capacity.cpu, capacity.memory
-    for lease in working:
-        slots -= capacity.slots if lease.alone else 1
-        cpu = None if cpu is None else cpu - lease.cpu
-        memory = None if memory is None else memory - lease.memory
-    return Free(max(0, slots), None if cpu is None else max(0.0, cpu), None if memory is None else max(0, memory))
+class Taken:
+    """What the jobs that work now take together. ``cpu`` is summed exactly: no error adds up over a daemon's life."""
+
+    __slots__ = ("_cpu", "alone", "jobs", "memory")
+
+    def __init__(self, working: Iterable[Lease] = ()) -> None:
+        self.jobs = 0
+        self.alone = 0
+        self.memory = 0
+        self._cpu = Fraction()
+        for lease in working:
+            self.add(lease)
+
+    @property
+    def cpu(self) -> float:
+        return float(self._cpu)
+
+    def add(self, lease: Lease) -> None:
+        self.jobs += 1
+        self.alone += lease.alone
+        self.memory += lease.memory
+        if lease.cpu:
+            self._cpu += Fraction(lease.cpu)
+
+    def remove(self, lease: Lease) -> None:
+        self.jobs -= 1
+        self.alone -= lease.alone
+        self.memory -= lease.memory
+        if lease.cpu:
+            self._cpu -= Fraction(lease.cpu)
+
+
+def room_left(capacity: Capacity, taken: Taken) -> Free:
+    """What ``taken`` leaves. A job that runs ``alone`` weighs all slots; nothing is ever below zero."""
+    slots = capacity.slots - (taken.jobs - taken.alone) - taken.alone * capacity.slots
+    cpu = None if capacity.cpu is None else max(0.0, capacity.cpu - taken.cpu)
+    memory = None if capacity.memory is None else max(0, capacity.memory - taken.memory)
+    return Free(max(0, slots), cpu, memory)
 
 
 def serves(labels: frozenset[str], kinds: frozenset[str], *, kind: str, needed: Iterable[str]) -> bool:

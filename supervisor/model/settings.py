@@ -25,6 +25,8 @@ from supervisor.model.units import parse_duration, parse_size
 Unit = Literal["plain", "duration", "size"]
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_KIND_NAME = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -142,6 +144,9 @@ class Jobs(Section, frozen=True):
         float | None, _duration('"none", or a duration of "0s" to "3650d"', 0.0, 3650 * _DAY, none=True)
     ] = 7 * _DAY
     pass_env: Annotated[tuple[str, ...], Key("a list of names of environment variables")] = ()
+    kinds: Annotated[dict[str, str], Key('a table of kinds, such as { noop = "supervisor.kinds:noop" }')] = (
+        msgspec.field(default_factory=lambda: {"noop": "supervisor.kinds:noop"})
+    )
     uids: Annotated[Literal["auto", "off"], Key('"auto" or "off"')] = "auto"
     uid_base: Annotated[int, Key("a uid of 1000 to 4294900000", low=1000, high=4_294_900_000)] = 200_000
     uid_count: Annotated[
@@ -332,6 +337,15 @@ def check(settings: Settings) -> None:
         for number, name in enumerate(names):
             if not _ENV_NAME.fullmatch(name):
                 raise InvalidInput(f"{key}[{number}]", f"{name!r} is not a variable's name", "letters, digits and _")
+    for kind, function in jobs.kinds.items():
+        if not _KIND_NAME.fullmatch(kind) or kind == "steps":
+            raise InvalidInput(
+                f"jobs.kinds.{kind[:64]}",
+                "is not a name for an in-process kind",
+                "a small letter, then small letters, digits and _ . -, at most 64; not `steps`",
+            )
+        if not _FUNCTION.fullmatch(function):
+            raise InvalidInput(f"jobs.kinds.{kind}", f"is {_shown(function)}", "module:function")
     if len(host.name) > 253 or not host.name.isprintable():
         raise InvalidInput("host.name", "is not a host's name", "1–253 printable characters")
 

@@ -77,6 +77,8 @@ class _Live:
 class StepsRunner:
     """Runs attempts of kind ``steps``. ``settings`` may be replaced: attempts prepared later go by the new ones."""
 
+    survives = True
+
     def __init__(
         self,
         state: Path,

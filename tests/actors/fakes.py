@@ -61,6 +61,8 @@ class Script(msgspec.Struct):
 class FakeHost:
     """A machine: its disk, its shepherd, its fence. A ``Runner``, a ``Fence`` and a ``SessionFile`` at once."""
 
+    survives = True
+
     def __init__(self, history: list[Run] | None = None) -> None:
         self.disk: dict[LeaseId, Handle] = {}
         self.history = history if history is not None else []

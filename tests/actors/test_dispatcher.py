@@ -50,7 +50,7 @@ class StubJob:
         self.canceled = False
         self._crash = crash
 
-    async def run(self) -> None:
+    async def run(self, tasks: asyncio.TaskGroup) -> None:
         if self._crash:
             raise ValueError("boom")
         try:

@@ -14,6 +14,7 @@ from supervisor.model.policies import (
     BACKOFF_CAP,
     Capacity,
     Intensity,
+    Taken,
     decide_restart,
     decide_retry,
     fence_time,
@@ -95,12 +96,12 @@ def test_the_fence_falls_before_the_database_can_expire_the_lease(sent: float, t
 
 def test_room_is_what_the_working_jobs_leave() -> None:
     capacity = Capacity(slots=4, cpu=8.0, memory=100)
-    free = room_left(capacity, [lease(cpu=3.0, memory=60), lease(cpu=1.0)])
+    free = room_left(capacity, Taken([lease(cpu=3.0, memory=60), lease(cpu=1.0)]))
     assert (free.slots, free.cpu, free.memory) == (2, 4.0, 40)
-    assert room_left(capacity, [lease(alone=True)]).slots == 0
-    crowded = room_left(capacity, [lease(cpu=9.0, memory=200, alone=True), lease()])
+    assert room_left(capacity, Taken([lease(alone=True)])).slots == 0
+    crowded = room_left(capacity, Taken([lease(cpu=9.0, memory=200, alone=True), lease()]))
     assert (crowded.slots, crowded.cpu, crowded.memory) == (0, 0.0, 0)
-    assert room_left(Capacity(slots=1), []).cpu is None
+    assert room_left(Capacity(slots=1), Taken()).cpu is None
 
 
 def test_a_host_serves_a_kind_it_knows_with_labels_it_has() -> None:
