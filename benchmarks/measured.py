@@ -19,8 +19,8 @@ from pathlib import Path
 
 REPEATS = 5
 QUICK_REPEATS = 3
-# What one repeat of one contestant says: a rate, a time, a size.
-Sampler = Callable[[], "float | Awaitable[float]"]
+# What one repeat of one contestant says: a rate, a time, a size; None: nothing this time.
+Sampler = Callable[[], "float | Awaitable[float | None] | None"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,12 @@ class Bar:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """Rows for the table, bars for the first page, and series (name → points) for pictures."""
+    """Rows for the table, bars for the first page, series (name → points) for pictures, notes on who is missing."""
 
     measured: Sequence[Measured] = ()
     bars: Sequence[Bar] = ()
     series: Mapping[str, Sequence[Mapping[str, float | str]]] = dataclasses.field(default_factory=dict)
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def repeats(quick: bool) -> int:
@@ -66,7 +67,9 @@ async def interleave(contestants: Mapping[str, Sampler], rounds: int) -> dict[st
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             sample = contestants[name]()
-            samples[name].append(await sample if inspect.isawaitable(sample) else sample)
+            value = await sample if inspect.isawaitable(sample) else sample
+            if value is not None:
+                samples[name].append(value)
     return samples
 
 
@@ -90,6 +93,11 @@ def of_samples(what: str, unit: str, samples: Sequence[float], note: str = "") -
 def ratio(mine: Sequence[float], other: Sequence[float]) -> float:
     """The median of mine over the median of the other's."""
     return statistics.median(mine) / statistics.median(other)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
 def at_least(what: str, value: float, bound: float, unit: str = "×", note: str = "") -> Bar:

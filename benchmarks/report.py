@@ -35,10 +35,13 @@ def load() -> dict[str, Any]:
     return {"runs": {}, "sections": {}}
 
 
-def merge(results: dict[str, Any], run: Run, title: str, findings: Findings) -> None:
-    """Puts the findings of one module under its title."""
+def merge(results: dict[str, Any], run: Run, title: str, findings: Findings, whole: bool) -> None:
+    """Puts the findings of one module under its title; ``whole``: in place of all that was there."""
+    if whole:
+        results["sections"].pop(title, None)
     results["runs"][run.id] = {"command": run.command, "about": run.about}
-    section = results["sections"].setdefault(title, {"measured": {}, "bars": {}, "series": {}})
+    section = results["sections"].setdefault(title, {"measured": {}, "bars": {}, "series": {}, "notes": {}})
+    section["notes"].update(findings.notes)
     for row in findings.measured:
         section["measured"][row.what] = {**dataclasses.asdict(row), "run": run.id}
     for bar in findings.bars:
@@ -87,6 +90,8 @@ def page(results: dict[str, Any]) -> str:
         lines += ["", f"## {title}", "", "| what | median | range | how | run |", "|---|---|---|---|---|"]
         for entry in section["measured"].values():
             lines.append(f"{row(Measured(**{k: v for k, v in entry.items() if k != 'run'}))} {entry['run']} |")
+        if section["notes"]:
+            lines += ["", *[f"- {who}: {note}" for who, note in section["notes"].items()]]
     return "\n".join(lines) + "\n"
 
 

@@ -59,7 +59,7 @@ def main() -> int:
                 continue
             show(findings)
             print(f"--- {MODULES[name]}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-            report.merge(results, run, MODULES[name], findings)
+            report.merge(results, run, MODULES[name], findings, whole=not arguments.quick)
             report.write(results, list(MODULES.values()))
     finally:
         postgres.stop()
