@@ -116,6 +116,13 @@ def encode_frame(message: Call | Reply) -> bytes:
     return _ENCODER.encode(message) + b"\0"
 
 
+def append_reply(buffer: bytearray, value: msgspec.Struct) -> None:
+    """Appends the frame of a reply that others follow: for streams of many, which go out many to a write."""
+    buffer += b'{"parameters":'
+    _ENCODER.encode_into(value, buffer, -1)
+    buffer += b',"continues":true}\0'
+
+
 def encode_call(method: str, params: Parameters, *, more: bool = False) -> bytes:
     """The frame of a call of our own interface."""
     return encode_frame(Call(method=f"{INTERFACE}.{method}", parameters=pack(params), more=more))

@@ -69,7 +69,7 @@ class Progress(msgspec.Struct, kw_only=True):
     name: str | None
 
 
-class JobView(msgspec.Struct, kw_only=True):
+class JobView(msgspec.Struct):
     """A job. Null: not known, or not (yet) so.
 
     phase is told by the host that runs the job, for its own jobs only. age is the time since it was submitted,
@@ -254,7 +254,7 @@ class ListParams(Parameters):
     limit: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] | None = None
 
 
-class ListReply(msgspec.Struct, kw_only=True):
+class ListReply(msgspec.Struct):
     """partial: the database is away, only jobs that run on this host are told; notice says so in words."""
 
     job: JobView | None = None

@@ -214,8 +214,9 @@ class LogRecord(msgspec.Struct, frozen=True):
     data: bytes
 
 
-class JobRow(msgspec.Struct, kw_only=True):
-    """A job as lists show it."""
+class JobRow(msgspec.Struct):
+    """A job as lists show it. The store makes it from a row of the database, column by column: a list may have ten
+    thousand, and keywords take ten times as long."""
 
     id: int
     name: str

@@ -69,39 +69,14 @@ def lease_of(row: Row) -> Lease:
     )
 
 
+_STATES = {state.value: state for state in State}
+
+
 def job_of(row: Row) -> JobRow:
-    return JobRow(
-        id=row["id"],
-        name=row["name"],
-        kind=row["kind"],
-        state=State(row["state"]),
-        revision=row["revision"],
-        generation=row["generation"],
-        priority=row["priority"],
-        labels=list(row["labels"]),
-        attempt=row["attempt"],
-        attempts=row["attempts"],
-        failures=row["failures"],
-        losses=row["losses"],
-        releases=row["releases"],
-        submitted_at=row["submitted_at"],
-        submitter=row["submitter"],
-        ready_at=row["ready_at"],
-        run_at=row["run_at"],
-        started_at=row["started_at"],
-        ended_at=row["ended_at"],
-        host=row["host"],
-        lease=str(lease_id(row["session"], row["counter"])) if row["session"] is not None else None,
-        exit_code=row["exit_code"],
-        signal=row["signal"],
-        error=row["error"],
-        reason=row["reason"],
-        stop_asked_at=row["stop_asked_at"],
-        parents_left=row["parents_left"],
-        step=row["step"],
-        step_name=row["step_name"],
-        steps_total=row["steps_total"],
-    )
+    """From a row whose columns are the fields of JobRow, in their order."""
+    job = JobRow(*row)
+    job.state = _STATES[job.state]
+    return job
 
 
 def step_of(row: Row) -> StepRecord:

@@ -13,7 +13,7 @@ from supervisor.ports import StopResult
 from supervisor.store.connection import Link
 from supervisor.store.rows import attempt_of, job_of, step_of
 
-PAGE = 200
+PAGE = 500
 AFTER_ALL_IDS = 2**63 - 1
 
 
@@ -25,8 +25,8 @@ class Users:
         text = msgspec.json.encode(spec).decode()
         return int(await self._users.value("submit", text, key, list(after), submitter))
 
-    async def list_jobs(self, where: Filter) -> AsyncIterator[JobRow]:
-        """Newest first, page by page: no connection is held while the caller works on a page."""
+    async def list_jobs(self, where: Filter) -> AsyncIterator[list[JobRow]]:
+        """Newest first, in pages: no connection is held while the caller works on one."""
         needs: list[int] | None = None
         if where.kinds or where.labels:
             needs = await self._users.value("matching_needs", list(where.kinds), list(where.labels), reading=True)
@@ -50,8 +50,8 @@ class Users:
                 otherwise,
                 reading=True,
             )
-            for row in rows:
-                yield job_of(row)
+            if rows:
+                yield [job_of(row) for row in rows]
             # A page is full or the last; jobs that moved meanwhile can't make it shorter, as it is one statement.
             if len(rows) < size:
                 return

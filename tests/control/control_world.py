@@ -147,17 +147,20 @@ class FakeStore:
         self.add(job_row(job, submitter=submitter))
         return job
 
-    async def list_jobs(self, where: Filter) -> AsyncGenerator[JobRow, None]:
+    async def list_jobs(self, where: Filter) -> AsyncGenerator[list[JobRow], None]:
         self._reach()
         if self.rows is not None:
             async with aclosing(self.rows) as rows:
                 async for row in rows:
-                    yield row
+                    yield [row]
             return
-        for row in self.jobs.values():
-            wanted = row.state in where.states if where.states else (where.all or not row.state.is_final)
-            if wanted:
-                yield row
+        wanted = [
+            row
+            for row in self.jobs.values()
+            if (row.state in where.states if where.states else (where.all or not row.state.is_final))
+        ]
+        for at in range(0, len(wanted), 2):
+            yield wanted[at : at + 2]
 
     async def show(self, job: int) -> tuple[JobRow, dict[str, Any], list[int], list[int]]:
         (row,) = await self.states([job])

@@ -20,16 +20,19 @@ from supervisor.framing import (
     FrameDecoder,
     FrameTooLarge,
     Reply,
+    append_reply,
     decode_call,
     decode_params,
     decode_reply,
     encode_frame,
     error_from,
     error_reply,
+    pack,
     service_error,
 )
 from supervisor.model.errors import BsupError, Busy, InvalidInput, StoreUnavailable, UnknownJob, WrongState
-from supervisor.protocol import ListParams, LogsParams, StopParams, SubmitParams, WaitParams
+from supervisor.model.job import State
+from supervisor.protocol import JobView, ListParams, ListReply, LogsParams, StopParams, SubmitParams, WaitParams
 
 frames = st.lists(st.binary(max_size=40).map(lambda data: data.replace(b"\0", b"0")), max_size=8)
 json_values = st.recursive(
@@ -174,3 +177,12 @@ def test_every_error_of_the_wire_has_a_class_that_takes_its_parameters() -> None
 def test_an_error_of_another_version_still_says_its_name() -> None:
     assert "io.bsup.Supervisor.NewKind" in str(error_from(Reply(error="io.bsup.Supervisor.NewKind")))
     assert "update" in str(error_from(service_error("MethodNotFound", "io.bsup.Supervisor.Fly")))
+
+
+@given(st.lists(st.text(max_size=20), max_size=5))
+def test_replies_in_one_write_are_the_frames_they_are_alone(names: list[str]) -> None:
+    replies = [ListReply(JobView(id=1, name=name, kind="steps", state=State.READY)) for name in names]
+    data = bytearray()
+    for reply in replies:
+        append_reply(data, reply)
+    assert bytes(data) == b"".join(encode_frame(Reply(parameters=pack(reply), continues=True)) for reply in replies)

@@ -80,7 +80,7 @@ async def test_it_sees_errors_by_name(world: World) -> None:
         calls: list[Callable[[], Any]] = [
             lambda: bsup.Show(9),
             lambda: bsup.List(),
-            lambda: bsup.Submit(spec={"kind": "x"}),
+            lambda: bsup.Submit(spec={"kind": "not one"}),
         ]
         for call in calls:
             with pytest.raises(varlink.VarlinkError) as caught:

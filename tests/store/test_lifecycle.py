@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from supervisor.model.errors import SessionRefused, UnknownJob, WrongState
-from supervisor.model.job import Filter, LeaseId, Outcome, State, StepRecord, StepState
+from supervisor.model.job import Filter, JobRow, LeaseId, Outcome, State, StepRecord, StepState
 from supervisor.store.pg import PgStore
 from tests.store.store_bench import TERM, Daemon, add, advance, end_of, host, pass_time, spec, stale, told
 
@@ -363,7 +363,7 @@ class TestRetryingAndDeleting:
         assert lease.attempt == 2
         await daemon.finish(lease)
         assert [(a.attempt, a.generation) for a in await store.attempts(job)] == [(1, 1), (2, 2)]
-        assert [r.id async for r in store.list_jobs(Filter(states=(State.FAILED,)))] == []
+        assert [r.id async for page in store.list_jobs(Filter(states=(State.FAILED,))) for r in page] == []
 
     async def test_only_what_has_ended(self, store: PgStore) -> None:
         done, live = await add(store, 2)
@@ -430,7 +430,7 @@ class TestRetryingAndDeleting:
         (young,) = await add(store)
         await store.stop([young], grace=None, kill=False, by="ann")
         assert await store.sweep(500) == 1
-        assert [row.id async for row in store.list_jobs(Filter(all=True))] == [young, live, retried]
+        assert [row.id async for page in store.list_jobs(Filter(all=True)) for row in page] == [young, live, retried]
 
 
 class TestReading:
@@ -443,7 +443,7 @@ class TestReading:
         running = await daemon.claim_one()
 
         async def ids(**where: object) -> list[int]:
-            return [row.id async for row in store.list_jobs(Filter(**where))]  # type: ignore[arg-type]
+            return [row.id async for page in store.list_jobs(Filter(**where)) for row in page]  # type: ignore[arg-type]
 
         assert await ids() == [*reversed(labelled), plain[2], plain[1]]
         assert await ids(all=True) == [waiting, *reversed(labelled), *reversed(plain)]
@@ -454,11 +454,30 @@ class TestReading:
         assert await ids(states=(State.FAILED, State.READY)) == [*reversed(labelled), plain[2], plain[0]]
         assert await ids(states=(State.CANCELED,)) == [waiting]
 
+    async def test_each_field_is_its_column(self, store: PgStore, sql: asyncpg.Connection) -> None:
+        """Rows are taken over by position."""
+        daemon = await Daemon.begin(store)
+        done, _ = await add(store, 2, labels=["docker"])
+        await daemon.finish(await daemon.claim_one(), Outcome.FAILED, exit_code=3, error="no", reason="step")
+        running = await daemon.claim_one()
+        await store.record_steps(daemon.me, [(running.id, StepRecord(index=0, name="s", state=StepState.RUNNING))])
+        await store.stop([running.job], grace=None, kill=False, by="x")
+        (waiting,) = await add(store, after=[running.job])
+        rows = [row async for page in store.list_jobs(Filter(all=True)) for row in page]
+        assert rows == await store.states([waiting, running.job, done])
+        for row in rows:
+            stored = await sql.fetchrow("SELECT * FROM bsup.jobs WHERE id = $1", row.id)
+            assert stored is not None
+            lease = f"{stored['session'].hex}-{stored['counter']}" if stored["session"] else None
+            assert msgspec.structs.asdict(row) == {
+                name: lease if name == "lease" else stored[name] for name in JobRow.__struct_fields__
+            }
+
     async def test_lists_go_on_over_pages(self, store: PgStore, sql: asyncpg.Connection) -> None:
-        await sql.execute("SELECT bsup.submit($1) FROM generate_series(1, 450)", msgspec.json.encode(spec()).decode())
-        found = [row.id async for row in store.list_jobs(Filter())]
-        assert len(found) == 450 and found == sorted(found, reverse=True)
-        assert len([row async for row in store.list_jobs(Filter(limit=201))]) == 201
+        await sql.execute("SELECT bsup.submit($1) FROM generate_series(1, 1100)", msgspec.json.encode(spec()).decode())
+        found = [row.id async for page in store.list_jobs(Filter()) for row in page]
+        assert len(found) == 1100 and found == sorted(found, reverse=True)
+        assert sum([len(page) async for page in store.list_jobs(Filter(limit=501))]) == 501
 
     async def test_show_masks_secrets_and_names_neighbours(self, store: PgStore) -> None:
         (parent,) = await add(store)

@@ -83,7 +83,7 @@ async def test_live_and_finished_jobs_go_on(dsn: str, monkeypatch: pytest.Monkey
     await connection.close()
 
     async with PgStore(dsn) as store:
-        states = {row.id: row.state async for row in store.list_jobs(Filter(all=True))}
+        states = {row.id: row.state async for page in store.list_jobs(Filter(all=True)) for row in page}
         assert states == {
             succeeded: State.SUCCEEDED,
             failed: State.FAILED,

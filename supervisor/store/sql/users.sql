@@ -9,7 +9,8 @@ WHERE (cardinality($1::text[]) = 0 OR n.kind = ANY ($1)) AND n.labels @> $2::tex
 
 -- name: list_jobs
 -- A page of jobs older than id $1, newest first: $2 how many; $3 needs (null: any); $4 to $8 which states (waiting, ready,
--- running, succeeded, others that are final), $9 which of those others. Each branch walks its own primary key.
+-- running, succeeded, others that are final), $9 which of those others. Each branch walks its own primary key. Columns: the
+-- fields of model.job.JobRow, in their order.
 WITH page AS MATERIALIZED (
     (SELECT w.job_id FROM bsup.waiting w
      WHERE $4::boolean AND w.job_id < $1 AND ($3::integer[] IS NULL OR w.need_id = ANY ($3))
@@ -34,11 +35,19 @@ WITH page AS MATERIALIZED (
      ORDER BY f.job_id DESC LIMIT $2)
     ORDER BY job_id DESC LIMIT $2
 )
-SELECT v.* FROM bsup.jobs v WHERE v.id = ANY (ARRAY(SELECT p.job_id FROM page p)) ORDER BY v.id DESC;
+SELECT v.id, v.name, v.kind, v.state, v.revision, v.generation, v.priority, v.labels, v.attempt, v.attempts, v.failures,
+       v.losses, v.releases, v.submitted_at, v.submitter, v.ready_at, v.run_at, v.started_at, v.ended_at, v.host,
+       replace(v.session::text, '-', '') || '-' || v.counter AS lease, v.exit_code, v.signal, v.error, v.reason,
+       v.stop_asked_at, v.parents_left, v.step, v.step_name, v.steps_total
+FROM bsup.jobs v WHERE v.id = ANY (ARRAY(SELECT p.job_id FROM page p)) ORDER BY v.id DESC;
 
 -- name: job_rows
--- Jobs by id.
-SELECT v.* FROM bsup.jobs v WHERE v.id = ANY ($1::bigint[]);
+-- Jobs by id. Columns: the fields of model.job.JobRow, in their order.
+SELECT v.id, v.name, v.kind, v.state, v.revision, v.generation, v.priority, v.labels, v.attempt, v.attempts, v.failures,
+       v.losses, v.releases, v.submitted_at, v.submitter, v.ready_at, v.run_at, v.started_at, v.ended_at, v.host,
+       replace(v.session::text, '-', '') || '-' || v.counter AS lease, v.exit_code, v.signal, v.error, v.reason,
+       v.stop_asked_at, v.parents_left, v.step, v.step_name, v.steps_total
+FROM bsup.jobs v WHERE v.id = ANY ($1::bigint[]);
 
 -- name: show
 -- A job's spec and its neighbours.
