@@ -1,72 +1,170 @@
-"""Mailbox against ``asyncio.Queue``: one teller, one receiver, on one loop."""
+"""One actor and who writes to it, on one uvloop: the mailbox, ``asyncio.Queue``, anyio's memory stream, and Pykka.
+
+Messages come in bursts, as an actor's do. Asks go one after the other: the time of a round trip is what counts. Only
+the mailbox's asks have a deadline, and only its items an age; the others do less.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
+import subprocess
+from collections.abc import Awaitable, Callable
+from typing import Any
 
-from measured import Findings, measure_async
+import anyio
+import environments
+import uvloop
+from measured import Bar, Findings, Sampler, at_least, interleave, of_samples, rate, ratio, repeats, unmeasured
 
-from supervisor.mailbox import Lane, Mailbox, Request
+from supervisor.mailbox import Ask, Lane, Mailbox, Request
 
-MESSAGES = 200_000
-ASKS = 20_000
+MESSAGES = 100_000
+ASKS = 10_000
+PYKKA = (50_000, 5_000)
 BURST = 64
+ROOM = 1024
+TELLS = {
+    "data": "mailbox: messages, data lane",
+    "control": "mailbox: messages, control lane",
+    "queue": "asyncio.Queue: messages",
+    "anyio": "anyio memory stream: messages",
+    "pykka": "Pykka: messages",
+}
+ASKED = {
+    "mailbox": "mailbox: asks",
+    "queue": "asyncio.Queue and a future: asks",
+    "anyio": "anyio memory stream and a future: asks",
+    "pykka": "Pykka: asks",
+}
 
 
 class Question(Request[int], frozen=True):
     """Answered with a number."""
 
 
+def run(quick: bool) -> Findings:
+    return uvloop.run(_run(repeats(quick)))
+
+
+async def _run(rounds: int) -> Findings:
+    notes: dict[str, str] = {}
+    tells: dict[str, Sampler] = {
+        "data": rate(MESSAGES, lambda: through_mailbox(Lane.DATA)),
+        "control": rate(MESSAGES, lambda: through_mailbox(Lane.CONTROL)),
+        "queue": rate(MESSAGES, through_queue),
+        "anyio": rate(MESSAGES, through_anyio),
+    }
+    asks: dict[str, Sampler] = {
+        "mailbox": rate(ASKS, ask_mailbox),
+        "queue": rate(ASKS, ask_queue),
+        "anyio": rate(ASKS, ask_anyio),
+    }
+    try:
+        python = await asyncio.to_thread(environments.python, "pykka")
+        tells["pykka"] = lambda: pykka(python, 0)
+        asks["pykka"] = lambda: pykka(python, 1)
+    except environments.Missing as why:
+        notes["Pykka"] = f"left out: {why}"
+    told = await interleave(tells, rounds)
+    asked = await interleave(asks, rounds)
+    rows = [of_samples(TELLS[name], "/s", rates, f"bursts of {BURST}") for name, rates in told.items()]
+    rows += [of_samples(ASKED[name], "/s", rates, "one after the other") for name, rates in asked.items()]
+    bars = []
+    for mine, samples, against in (("data", told, TELLS), ("control", told, TELLS), ("mailbox", asked, ASKED)):
+        for other, bound in (("queue", 0.7), ("anyio", 1.0), ("pykka", 1.0)):
+            bars.append(_bar(f"{against[mine]}, to {against[other].partition(':')[0]}", samples, mine, other, bound))
+    return Findings(rows, bars, notes=notes)
+
+
+def _bar(what: str, samples: dict[str, list[float]], mine: str, other: str, bound: float) -> Bar:
+    if other not in samples:
+        return unmeasured(what, f"≥ {bound:g} ×", "it is not here")
+    return at_least(what, ratio(samples[mine], samples[other]), bound)
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+
+async def tell_all(put: Callable[[int], object], receive: Callable[[], Awaitable[object]]) -> None:
+    """The receiver is a task of its own, as an actor is; the teller lets it run after each burst."""
+
+    async def actor() -> None:
+        for _ in range(MESSAGES):
+            await receive()
+
+    receiving = asyncio.create_task(actor())
+    for start in range(0, MESSAGES, BURST):
+        for number in range(start, min(start + BURST, MESSAGES)):
+            put(number)
+        await asyncio.sleep(0)
+    await receiving
+
+
+async def through_mailbox(lane: Lane) -> None:
+    mailbox: Mailbox[int] = Mailbox("bench", control=ROOM, data=ROOM)
+    await tell_all(lambda number: mailbox.tell(number, lane), mailbox.receive)
+
+
 async def through_queue() -> None:
-    queue: asyncio.Queue[int] = asyncio.Queue(1024)
-
-    async def receive() -> None:
-        for _ in range(MESSAGES):
-            await queue.get()
-
-    async with asyncio.TaskGroup() as group:
-        group.create_task(receive())
-        for start in range(0, MESSAGES, BURST):
-            for number in range(start, min(start + BURST, MESSAGES)):
-                queue.put_nowait(number)
-            await asyncio.sleep(0)
+    queue: asyncio.Queue[int] = asyncio.Queue(ROOM)
+    await tell_all(lambda number: queue.put_nowait(number), queue.get)
 
 
-async def through_mailbox() -> None:
-    mailbox: Mailbox[int] = Mailbox("bench", data=1024)
-
-    async def receive() -> None:
-        for _ in range(MESSAGES):
-            await mailbox.receive()
-
-    async with asyncio.TaskGroup() as group:
-        group.create_task(receive())
-        for start in range(0, MESSAGES, BURST):
-            for number in range(start, min(start + BURST, MESSAGES)):
-                mailbox.tell(number, Lane.DATA)
-            await asyncio.sleep(0)
+async def through_anyio() -> None:
+    # It lets others run after each item that is received: with a bound the teller would find it full.
+    send, receive = anyio.create_memory_object_stream[int](math.inf)
+    with send, receive:
+        await tell_all(lambda number: send.send_nowait(number), receive.receive)
 
 
-async def ask() -> None:
+# --- asks ------------------------------------------------------------------------------------------------------------
+
+
+async def ask_mailbox() -> None:
     mailbox: Mailbox[Question] = Mailbox("bench")
 
-    async def answer() -> None:
+    async def actor() -> None:
         async for item in mailbox:
-            item.answer(1)  # type: ignore[union-attr] # only asks are put in
+            assert isinstance(item, Ask)
+            item.answer(1)
 
-    async with asyncio.TaskGroup() as group:
-        group.create_task(answer())
+    answering = asyncio.create_task(actor())
+    for _ in range(ASKS):
+        await mailbox.ask(Question(), timeout=10)
+    mailbox.close()
+    await answering
+
+
+async def ask_through(put: Callable[[Any], object], receive: Callable[[], Awaitable[Any]]) -> None:
+    loop = asyncio.get_running_loop()
+
+    async def actor() -> None:
         for _ in range(ASKS):
-            await mailbox.ask(Question(), timeout=10)
-        mailbox.close()
+            _, future = await receive()
+            future.set_result(1)
+
+    answering = asyncio.create_task(actor())
+    for _ in range(ASKS):
+        future = loop.create_future()
+        put((Question(), future))
+        await future
+    await answering
 
 
-async def run(quick: bool) -> Findings:
-    note = f"bursts of {BURST}"
-    return Findings(
-        [
-            await measure_async("mailbox: tell and receive", "/s", MESSAGES, through_mailbox, note),
-            await measure_async("asyncio.Queue: put and get", "/s", MESSAGES, through_queue, note),
-            await measure_async("mailbox: ask and answer", "/s", ASKS, ask, "one after the other, with a deadline"),
-        ]
-    )
+async def ask_queue() -> None:
+    queue: asyncio.Queue[Any] = asyncio.Queue(ROOM)
+    await ask_through(lambda item: queue.put_nowait(item), queue.get)
+
+
+async def ask_anyio() -> None:
+    send, receive = anyio.create_memory_object_stream[Any](ROOM)
+    with send, receive:
+        await ask_through(lambda item: send.send_nowait(item), receive.receive)
+
+
+async def pykka(python: str, which: int) -> float:
+    script = str(environments.PEERS / "mailbox_pykka.py")
+    process = await asyncio.create_subprocess_exec(python, script, *map(str, PYKKA), stdout=subprocess.PIPE)
+    said, _ = await process.communicate()
+    return float(said.split()[which])

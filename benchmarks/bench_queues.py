@@ -115,7 +115,7 @@ class Queues:
                 what = f"idle pickup, {name}: {contestant.label}"
                 note = f"{rounds} × {each} single jobs; the range is that of the rounds"
                 self.measured.append(Measured(what, "ms", value, low, high, note))
-        if "bsup" not in middles:
+        if not middles["bsup"]:
             self.bars.append(unmeasured("idle pickup", "p50 ≤ 2 ms, p99 ≤ 5 ms", self.notes.get(BSUP.label, "")))
             return
         p50, p99 = (percentile(times["bsup"], share) for share in (0.5, 0.99))
