@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from random import Random
 
 from supervisor.model.errors import BsupError, SessionRefused, StoreUnavailable
@@ -27,6 +27,14 @@ log = logging.getLogger("supervisor.dispatcher")
 
 MOST_AT_ONCE = 500
 """Leases of one claim."""
+
+GATHERED_ABOVE = 128
+"""Slots of a host that gathers room: with more jobs ready than fit, many small claims cost far more than a few large
+ones. A quarter of the slots is waited for, but not longer than ``GATHER`` seconds."""
+GATHER = 0.005
+
+TURN = 64
+"""Jobs that are begun before the rest of the loop has its turn."""
 
 
 class Claimer:
@@ -64,6 +72,8 @@ class Claimer:
         self._needs_stale = True
         self._idle = False
         self._must_reconcile = False
+        self._has_more = False
+        """The last claim was filled: there is more than this host had room for."""
         self._changed = asyncio.Event()
         self.paused = False
         self.fenced = False
@@ -149,10 +159,14 @@ class Claimer:
         if self.paused or free.slots == 0:
             await self._say_idle(me, False)
             return False
-        if self._needs_stale:
-            await self._refresh_needs()
-        got = await self._claim(me, free) if self._needs else 0
-        if got:
+        if self._has_more and self._slots > GATHERED_ABOVE and free.slots < self._slots // 4:
+            self._has_more = False
+            await asyncio.sleep(GATHER)
+            return True
+        # First what is known: between a wake-up and the claim there is no other statement.
+        if self._needs and await self._claim(me, free):
+            return True
+        if self._needs_stale and await self._refresh_needs():
             return True
         if self._idle:
             return False
@@ -166,8 +180,10 @@ class Claimer:
         self._next += slots
         room = Room(slots=slots, slots_total=self._slots, cpu=free.cpu, memory=free.memory, needs=self._needs)
         self.in_flight = True
+        self._has_more = False
         try:
             leases = await self._store.claim(me, first, room)
+            await self._take_all(me, leases)
         except BaseException:
             # Refused, unavailable or interrupted: what it did is seen only by looking.
             self._must_reconcile = True
@@ -175,19 +191,31 @@ class Claimer:
         finally:
             self.in_flight = False
             self.last_answer = asyncio.get_running_loop().time()
-        if self._me is None or self._me.session != me.session:
-            return 0
-        for lease in leases:
-            self._take(lease)
+        self._has_more = len(leases) == slots
+        if self._has_more and self._idle:
+            # It works now; commits that make jobs ready need not wake it.
+            await self._say_idle(me, False)
         return len(leases)
+
+    async def _take_all(self, me: Me, leases: Sequence[Lease]) -> None:
+        """Those of a session that is gone meanwhile are left to its reaper."""
+        for number, lease in enumerate(leases):
+            if number % TURN == 0:
+                if number:
+                    await asyncio.sleep(0)
+                if self._me is None or self._me.session != me.session:
+                    return
+            self._take(lease)
 
     async def _say_idle(self, me: Me, idle: bool) -> None:
         if self._idle is not idle:
             await self._store.set_idle(me, idle)
             self._idle = idle
 
-    async def _refresh_needs(self) -> None:
+    async def _refresh_needs(self) -> bool:
+        """Whether there is one more that this host serves."""
         self._needs_stale = False
+        known = len(self._needs)
         try:
             new = await self._store.needs(self._last_need)
         except BaseException:
@@ -197,3 +225,4 @@ class Claimer:
             self._last_need = max(self._last_need, need.id)
             if serves(self._labels, self._kinds, kind=need.kind, needed=need.labels):
                 self._needs = (*self._needs, need.id)
+        return len(self._needs) > known

@@ -18,16 +18,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from functools import partial
 from random import Random
 from typing import Any, assert_never
 
 import msgspec
 
 from supervisor.actors.claiming import Claimer
-from supervisor.actors.ledger import Held, Ledger, MakeJob
+from supervisor.actors.ledger import Held, Ledger, MakeJob, Owner
 from supervisor.actors.outbox import Outbox
 from supervisor.actors.reconciler import Reconciler
-from supervisor.mailbox import Ask, Lane, Mailbox, MailboxStats
+from supervisor.mailbox import Ask, Lane, Mailbox, MailboxStats, Turns
 from supervisor.messages import (
     ActorInfo,
     AskActors,
@@ -105,7 +106,7 @@ class Dispatcher:
         self._host = host
         self._stall_after = stall_after
         self._rng = rng
-        self._tasks: asyncio.TaskGroup | None = None
+        self._owner: Owner | None = None
         self._ledger = Ledger()
         self._me: Me | None = None
         self._unchecked = 0
@@ -145,7 +146,7 @@ class Dispatcher:
         forget = self._store.on_wake(lambda payload: self._on_wake(payload))
         try:
             async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
+                self._owner = Owner(tasks, Turns())
                 self._reconciler.begin(tasks)
                 tasks.create_task(self._outbox.run())
                 tasks.create_task(self._claimer.run())
@@ -160,6 +161,8 @@ class Dispatcher:
                         self._handle(item)
         finally:
             forget()
+            for held in self._ledger:
+                held.actor.abandon()
             if self._release_timer is not None:
                 self._release_timer.cancel()
 
@@ -172,6 +175,11 @@ class Dispatcher:
 
     def _handle(self, message: DispatcherMessage) -> None:
         match message:
+            # The first two are nearly all there is.
+            case JobOver():
+                self._on_over(message)
+            case JobMoved():
+                self._on_moved(message)
             case Woken():
                 self._claimer.wake(ready=True)
             case SessionOpened(me, rebooted):
@@ -199,10 +207,6 @@ class Dispatcher:
                 )
             case Beat():
                 self._beat()
-            case JobMoved():
-                self._on_moved(message)
-            case JobOver():
-                self._on_over(message)
             case JobAlive(lease):
                 self._on_alive(lease)
             case _:
@@ -278,21 +282,18 @@ class Dispatcher:
             self._tell(lease.id, Fenced())
 
     def _take(self, lease: Lease, start: JobStart) -> Held:
-        assert self._tasks is not None
+        assert self._owner is not None
         held = Held(lease, self._make_job(lease, start), _now())
         self._ledger.add(held)
-        held.task = self._tasks.create_task(self._run_job(held))
+        held.moved = held.actor.begin(self._owner, partial(self._on_actor_over, held))
         return held
 
-    async def _run_job(self, held: Held) -> None:
-        try:
-            assert self._tasks is not None
-            await held.actor.run(self._tasks)
-        except Exception as error:
-            log.exception("the actor of job %s crashed", held.lease.job)
-            self._follow(held, Crashed(f"{type(error).__name__}: {error}"))
-        else:
+    def _on_actor_over(self, held: Held, error: Exception | None) -> None:
+        if error is None:
             self._on_job_done(held)
+            return
+        log.error("the actor of job %s crashed", held.lease.job, exc_info=error)
+        self._follow(held, Crashed(f"{type(error).__name__}: {error}"))
 
     def _on_job_done(self, held: Held) -> None:
         if self._ledger.get(held.lease.id) is not held:
@@ -377,9 +378,8 @@ class Dispatcher:
             silence = now - held.heard
             if silence > self._stall_after:
                 log.error("the actor of job %s was silent for %.0f s: its job is ended", held.lease.job, silence)
+                held.actor.abandon()
                 self._follow(held, Stalled(self._host.grace))
-                if held.task is not None:
-                    held.task.cancel()
             else:
                 self._tell(held.lease.id, Beat())
 

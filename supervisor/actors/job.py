@@ -4,9 +4,9 @@
 events. What may take time runs as a task of its own, so that the mailbox is always read: a stop, a beat or a status
 never waits for a runner that hangs. Adapters' callbacks and timers only ever ``tell`` the mailbox.
 
-It is kept cheap (a host may have ten thousand): one task, one mailbox, and what a short attempt never needs is never
-made. What a runner answers at once is fed in the same turn, without a task. A bare cancel, which is how the dispatcher
-replaces a stalled one, is safe here: the mailbox loses nothing by it, and the attempt lives on disk.
+It is kept cheap (a host may have ten thousand): a mailbox that is served, no task, and what a short attempt never needs
+is never made. What a runner answers at once is fed in the same turn. One that is abandoned in the middle, as the
+dispatcher does with a stalled one, harms nothing: the attempt lives on disk, and in the runner.
 
 May import the seams and model. Made by the root's factory, owned by the dispatcher.
 """
@@ -22,9 +22,11 @@ from random import Random
 from typing import Any, TypeVarTuple, Unpack, assert_never
 
 from supervisor.actors.job_words import end_of, fit_to_leave, moved_of
+from supervisor.actors.ledger import Owner
 from supervisor.mailbox import Ask, Mailbox, Told
 from supervisor.messages import Beat, DispatcherMessage, JobAlive, JobMessage, JobMoved, JobOver, JobStart
-from supervisor.model.attempt import AttemptState, Stage, advance
+from supervisor.model.attempt import advance
+from supervisor.model.attempt_state import AttemptState, Stage
 from supervisor.model.attempt_words import (
     AbandonPrepare,
     Adopted,
@@ -76,15 +78,18 @@ class JobActor:
 
     __slots__ = (
         "_adopting",
+        "_beginning",
         "_dispatcher",
         "_effects",
+        "_end_told",
         "_events",
         "_feeding",
+        "_first",
         "_grace",
-        "_in_process",
         "_log_open",
         "_moved",
         "_notes",
+        "_on_over",
         "_preparing",
         "_rng",
         "_runner",
@@ -110,7 +115,7 @@ class JobActor:
         rng: Random,
     ) -> None:
         self.lease = lease
-        self.mailbox: Mailbox[JobMessage] = Mailbox(f"job {lease.job}", control=64, data=64)
+        self.mailbox: Mailbox[JobMessage] = Mailbox("a job's actor", control=64, data=64)
         self._start_mode = start
         self._runner = runner
         self._sink = sink
@@ -119,11 +124,14 @@ class JobActor:
         self._rng = rng
         self._state = AttemptState()
         self._adopting = start.adopt
-        self._in_process = False
         self._log_open = False
         self._tasks: asyncio.TaskGroup | None = None
         self._preparing: asyncio.Task[None] | None = None
+        self._on_over: Callable[[Exception | None], None] | None = None
+        self._beginning = True
+        self._first: JobMoved | None = None
         self._feeding = False
+        self._end_told = False
         # Made when they are needed: most attempts of a short job never need them.
         self._events: deque[Event] | None = None
         self._effects: set[asyncio.Task[None]] | None = None
@@ -134,45 +142,55 @@ class JobActor:
         self._told: tuple[Phase, bool, int | None] | None = None
         """What the dispatcher knows: the phase, whether it is alive, the current step."""
 
-    async def run(self, tasks: asyncio.TaskGroup) -> None:
-        """Until the attempt is over and cleaned up. Canceled, it leaves what it has on disk for the actor after it.
-        ``tasks`` owns what takes time."""
-        self._tasks = tasks
-        mailbox = self.mailbox
+    def begin(self, owner: Owner, on_over: Callable[[Exception | None], None]) -> JobMoved | None:
+        """Sets to work; what there is to tell at once. ``on_over`` is called, once, when the attempt is over and
+        cleaned up, or with the error of an actor that crashed."""
+        self._tasks = owner.tasks
+        self._on_over = on_over
+        self.mailbox.serve(self._receive, owner.turns)
         try:
-            self._begin()
-            while self._state.stage is not Stage.OVER:
-                item = mailbox.receive_nowait()
-                if item is None:
-                    item = await mailbox.receive()
-                if isinstance(item, Ask):
-                    item.fail(BsupError("a job's actor is not asked, it is told"))
-                elif isinstance(item, Beat):
-                    self._dispatcher.tell(JobAlive(self.lease.id))
-                else:
-                    self._feed(item)
-        finally:
-            mailbox.close()
-            # At the end only stops of what has ended meanwhile, or looks at it, can be under way still.
-            for task in self._effects or ():
-                task.cancel()
-            for timer in (self._timers or {}).values():
-                timer.cancel()
-            self._tasks = None
+            if self._adopting:
+                self._preparing = self._spawn(self._adopt)
+                if self._start_mode.doom is not None:
+                    self._feed(self._start_mode.doom)
+            else:
+                self._prepare()
+        except Exception as error:
+            self._leave(error)
+        self._beginning = False
+        return self._first
+
+    def abandon(self) -> None:
+        """Ends the actor where it stands; what the attempt has on disk is left for the actor after it."""
+        self.mailbox.close()
+        for task in self._effects or ():
+            task.cancel()
+        for timer in (self._timers or {}).values():
+            timer.cancel()
+        self._tasks = self._on_over = None
 
     # --- events in, effects out -------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        self._feeding = True  # a preparation that answers at once is fed after what dooms the attempt
-        if self._adopting:
-            self._preparing = self._spawn(self._adopt)
-        else:
-            self._prepare()
-        self._feeding = False
-        doom = self._start_mode.doom
-        prepared, self._events = self._events, None
-        for event in (*(() if doom is None else (doom,)), *(prepared or ())):
-            self._feed(event)
+    def _receive(self, item: JobMessage | Ask[Any]) -> None:
+        try:
+            if isinstance(item, Ask):
+                item.fail(BsupError("a job's actor is not asked, it is told"))
+            elif isinstance(item, Beat):
+                self._dispatcher.tell(JobAlive(self.lease.id))
+            else:
+                self._feed(item)
+        except Exception as error:
+            self._leave(error)
+            return
+        if self._state.stage is Stage.OVER:
+            self._leave(None)
+
+    def _leave(self, error: Exception | None) -> None:
+        on_over = self._on_over
+        # At the end only stops of what has ended meanwhile, or looks at it, can be under way still.
+        self.abandon()
+        if on_over is not None:
+            on_over(error)
 
     def _feed(self, event: Event) -> None:
         """One turn: the event, and those that its effects gave at once, in order; then the dispatcher is told."""
@@ -183,51 +201,38 @@ class JobActor:
             return
         self._feeding = True
         try:
-            over = self._take(event)
+            self._take(event)
             while self._events:
-                over |= self._take(self._events.popleft())
+                self._take(self._events.popleft())
         finally:
             self._feeding = False
         # An end tells all that a report would.
-        if over:
-            self._moved = None
-        elif self._moved or self._told != self._standing():
+        if not self._end_told and (self._moved or self._told != self._standing()):
             self._report()
 
-    def _take(self, event: Event) -> bool:
-        """Whether the attempt's end was told."""
+    def _take(self, event: Event) -> None:
         self._state, effects = advance(self._state, event)
-        over = False
         for effect in effects:
-            over |= isinstance(effect, Tell)
             self._perform(effect)
-        return over
 
     def _perform(self, effect: Effect) -> None:
         match effect:
             case StartStep(index):
                 self._start_step(index)
-            case Report(step):
-                if not self._in_process:
-                    self._moved = [*(self._moved or ()), step]
-            case LogStepStarted(index):
-                if self._log_open:
-                    self._sink.step_started(self.lease.id, index)
-            case LogStepEnded(index):
-                if self._log_open:
-                    self._sink.step_ended(self.lease.id, index)
-            case CompleteLog():
-                if self._log_open:
-                    self._spawn(self._complete_log)
-                else:
-                    self._feed(LogCompleted())
             case Tell(result, superseded):
-                end = end_of(
-                    self.lease, result, superseded, words=self._words, in_process=self._in_process, rng=self._rng
-                )
+                self._end_told = True
+                end = end_of(self.lease, result, superseded, words=self._words, rng=self._rng)
                 self._tell(JobOver(end, superseded))
             case CleanUp():
                 self._clean_up()
+            case Report(step):
+                self._moved = [*(self._moved or ()), step]
+            case LogStepStarted(index):
+                self._sink.step_started(self.lease.id, index)
+            case LogStepEnded(index):
+                self._sink.step_ended(self.lease.id, index)
+            case CompleteLog():
+                self._spawn(self._complete_log)
             case ArmTimeout(seconds):
                 self._arm("timeout", seconds, JobTimedOut(self._grace))
             case StopRun(grace, kill):
@@ -267,7 +272,11 @@ class JobActor:
     def _report(self) -> None:
         moved, self._moved = self._moved, None
         self._told = self._standing()
-        self._tell(moved_of(self.lease, self._state, moved or (), words=self._words, in_process=self._in_process))
+        told = moved_of(self.lease, self._state, moved or (), words=self._words)
+        if self._beginning and self._first is None:
+            self._first = told
+        else:
+            self._tell(told)
 
     def _words(self, text: str) -> str:
         return fit_to_leave(self.lease, text, self._sink, log_open=self._log_open)
@@ -298,7 +307,6 @@ class JobActor:
             self._feed(self._not_prepared(error))
             return
         if isinstance(plan, Plan) and plan.in_process:
-            self._in_process = True
             self._feed(Prepared(plan))
         else:
             self._preparing = self._spawn(self._finish_preparing, plan)
@@ -352,7 +360,6 @@ class JobActor:
                 await asyncio.sleep(patience(tries, self._rng))
             else:
                 begun = min((step.started_at for step in taken if step.started_at is not None), default=None)
-                self._in_process = plan.in_process
                 elapsed = 0.0 if begun is None else max(0.0, (datetime.now(UTC) - begun).total_seconds())
                 self._tell_self(Adopted(plan, tuple(taken), elapsed, self._start_mode.rebooted))
                 return

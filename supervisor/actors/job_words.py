@@ -12,7 +12,7 @@ from random import Random
 import msgspec
 
 from supervisor.messages import JobMoved
-from supervisor.model.attempt import AttemptState
+from supervisor.model.attempt_state import AttemptState
 from supervisor.model.attempt_words import Result
 from supervisor.model.job import AttemptEnd, Lease, Outcome, StepRecord
 from supervisor.model.policies import decide_retry
@@ -31,10 +31,9 @@ class _RetrySpec(msgspec.Struct, frozen=True):
     backoff: float = 10.0
 
 
-def moved_of(
-    lease: Lease, state: AttemptState, records: Sequence[StepRecord], *, words: Words, in_process: bool
-) -> JobMoved:
+def moved_of(lease: Lease, state: AttemptState, records: Sequence[StepRecord], *, words: Words) -> JobMoved:
     """``records``: the steps that changed. A job of an in-process kind has none to show."""
+    in_process = state.plan is not None and state.plan.in_process
     current = None if state.current is None or in_process else state.steps[state.current]
     return JobMoved(
         lease=lease.id,
@@ -45,13 +44,11 @@ def moved_of(
         current_name=None if current is None else current.name,
         steps_total=0 if in_process else len(state.steps),
         started_at=state.started_at,
-        steps=tuple(_told(step, words) for step in records),
+        steps=tuple([_told(step, words) for step in records]),
     )
 
 
-def end_of(
-    lease: Lease, result: Result, superseded: bool, *, words: Words, in_process: bool, rng: Random
-) -> AttemptEnd:
+def end_of(lease: Lease, result: Result, superseded: bool, *, words: Words, rng: Random) -> AttemptEnd:
     retry: float | None = None
     if result.outcome is Outcome.FAILED:
         retry = decide_retry(
@@ -73,7 +70,7 @@ def end_of(
         retry_delay=retry,
         started_at=result.started_at,
         ended_at=result.ended_at or datetime.now(UTC),
-        steps=[] if in_process else [_told(step, words) for step in result.steps],
+        steps=[_told(step, words) for step in result.steps],
     )
 
 

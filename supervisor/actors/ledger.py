@@ -9,10 +9,19 @@ import asyncio
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from supervisor.mailbox import Mailbox
+import msgspec
+
+from supervisor.mailbox import Mailbox, Turns
 from supervisor.messages import JobMessage, JobMoved, JobStart, RunningJob
 from supervisor.model.job import AttemptEnd, Lease, LeaseId, Phase
 from supervisor.model.policies import Capacity, Free, Taken, room_left
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """What a job's actor lives on: ``tasks`` own what takes time, ``turns`` serve its mailbox."""
+
+    tasks: asyncio.TaskGroup
+    turns: Turns
 
 
 class JobRun(Protocol):
@@ -21,7 +30,9 @@ class JobRun(Protocol):
     @property
     def mailbox(self) -> Mailbox[JobMessage]: ...
 
-    async def run(self, tasks: asyncio.TaskGroup) -> None: ...
+    def begin(self, owner: Owner, on_over: Callable[[Exception | None], None]) -> JobMoved | None: ...
+
+    def abandon(self) -> None: ...
 
 
 MakeJob = Callable[[Lease, JobStart], JobRun]
@@ -31,12 +42,11 @@ class Held:
     """One lease and its actor. Two facts that end apart: ``alive`` (a process of it may run, it takes room here) and
     ``in_database`` (its lease is there, as far as this host knows)."""
 
-    __slots__ = ("actor", "alive", "crashes", "end", "heard", "in_database", "lease", "moved", "suspect", "task")
+    __slots__ = ("actor", "alive", "crashes", "end", "heard", "in_database", "lease", "moved", "suspect")
 
     def __init__(self, lease: Lease, actor: JobRun, now: float) -> None:
         self.lease = lease
         self.actor = actor
-        self.task: asyncio.Task[None] | None = None
         self.moved: JobMoved | None = None
         self.alive = True
         """Set through ``Ledger.set_alive`` only, which keeps the sums."""

@@ -19,13 +19,12 @@ re-exports the plan.
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Sequence
-from datetime import datetime
-from typing import TypeAlias, assert_never
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import msgspec
 
+from supervisor.model.attempt_state import AttemptState, Cause, Stage
 from supervisor.model.attempt_words import (
     AbandonPrepare,
     Adopted,
@@ -66,78 +65,13 @@ from supervisor.model.attempt_words import (
     StopRun,
     Tell,
 )
-from supervisor.model.job import Outcome, Phase, StepRecord, StepState
+from supervisor.model.job import Outcome, StepRecord, StepState
 
-# --- state --------------------------------------------------------------------------------------------------------
+# Looked at for every event of every job: a global is read several times faster than a member of its enum.
+_PENDING = StepState.PENDING
 
-
-class Stage(enum.Enum):
-    """What the attempt waits for."""
-
-    PREPARING = "preparing"
-    LAUNCHING = "launching"
-    STEPPING = "stepping"
-    FLUSHING = "flushing"
-    TELLING = "telling"
-    CLEANING = "cleaning"
-    OVER = "over"
-
-
-class Cause(enum.IntEnum):
-    """Why an attempt is ended from outside; the greater one decides. NONE: it is not."""
-
-    NONE = 0
-    RELEASE = 1
-    """The host drains: given back, uncounted."""
-    STALL = 2
-    """Its actor fell silent: given back, uncounted."""
-    TIMEOUT = 3
-    """The job's own timeout: a failure."""
-    CRASH = 4
-    """bsup's own fault: a failure, so that the budget of attempts bounds it."""
-    FENCE = 5
-    """The host could not renew in time: given back, uncounted, if the lease still lives."""
-    LOST = 6
-    """A process is gone without an exit record: a loss."""
-    STOP = 7
-    """A user asked: canceled."""
-    LEASE_GONE = 8
-    """Somebody else may run the job: nothing is recorded, what there is is kept as superseded."""
-
-
-class AttemptState(msgspec.Struct, frozen=True, kw_only=True):
-    """``current``: index in ``plan.steps`` of the step that was started, or is being started, and has not ended."""
-
-    stage: Stage = Stage.PREPARING
-    plan: Plan | None = None
-    steps: tuple[StepRecord, ...] = ()
-    current: int | None = None
-    started_at: datetime | None = None
-    cause: Cause = Cause.NONE
-    cause_text: str = ""
-    grace: float = 0.0
-    kill: bool = False
-    unsure: bool = False
-    """Whether the current step was started at all is not known: the start gave no clear answer."""
-    failed: bool = False
-    retry: bool = True
-    """Whether a failure may be tried again: not where the job itself is invalid."""
-    exit_code: int | None = None
-    signal: int | None = None
-    error: str | None = None
-    reason: str | None = None
-
-    @property
-    def is_alive(self) -> bool:
-        """A process of it may run."""
-        return self.stage in (Stage.PREPARING, Stage.LAUNCHING, Stage.STEPPING)
-
-    @property
-    def phase(self) -> Phase:
-        if self.cause is not Cause.NONE:
-            return Phase.STOPPING
-        return Phase.STARTING if self.stage is Stage.PREPARING else Phase.RUNNING
-
+_FENCED = "ended at the fence: the host could not renew its lease in time"
+_SUPERSEDED = "superseded: the lease is gone"
 
 Next: TypeAlias = tuple[AttemptState, list[Effect]]
 
@@ -146,61 +80,7 @@ _replace = msgspec.structs.replace
 
 def advance(state: AttemptState, event: Event) -> Next:
     """The state after ``event``, and what to do now, in order."""
-    match event:
-        case Prepared(plan):
-            return _on_prepared(state, plan)
-        case PrepareFailed(error, invalid):
-            return _on_prepare_failed(state, error, invalid)
-        case Adopted():
-            return _on_adopted(state, event)
-        case NothingToAdopt():
-            if state.stage is not Stage.PREPARING:
-                return state, []
-            return _flush(_caused(state, Cause.RELEASE, "the attempt had not begun on this host"))
-        case StepStarted(index, at):
-            return _on_started(state, index, at)
-        case StartFailed(index, error):
-            return _on_start_failed(state, index, error)
-        case StepEnded(end):
-            return _on_ended(state, end)
-        case StopAsked(grace, kill, by):
-            return _end_from_outside(state, Cause.STOP, f"stopped by {by}", grace, kill)
-        case Release(grace, kill):
-            return _end_from_outside(state, Cause.RELEASE, "released: the host drains", grace, kill)
-        case JobTimedOut(grace):
-            limit = state.plan.timeout if state.plan else None
-            return _end_from_outside(state, Cause.TIMEOUT, f"the job timed out after {_seconds(limit)}", grace, False)
-        case Fenced():
-            text = "ended at the fence: the host could not renew its lease in time"
-            return _end_from_outside(state, Cause.FENCE, text, 0.0, True)
-        case LeaseGone():
-            return _end_from_outside(state, Cause.LEASE_GONE, "superseded: the lease is gone", 0.0, True)
-        case Stalled(grace):
-            return _end_from_outside(state, Cause.STALL, "released: the job's actor stalled", grace, False)
-        case Crashed(error):
-            return _end_from_outside(state, Cause.CRASH, f"bsup's own fault: {error}", 0.0, True)
-        case StopOverdue():
-            return _on_stop_overdue(state)
-        case LogCompleted():
-            if state.stage is not Stage.FLUSHING:
-                return state, []
-            told = _replace(state, stage=Stage.TELLING)
-            return told, [Tell(result=result_of(told), superseded=told.cause is Cause.LEASE_GONE)]
-        case Recorded():
-            if state.stage is not Stage.TELLING:
-                return state, []
-            return _replace(state, stage=Stage.CLEANING), [CleanUp()]
-        case Refused():
-            if state.stage is not Stage.TELLING or state.cause is Cause.LEASE_GONE:
-                return state, []
-            gone = _caused(state, Cause.LEASE_GONE, "superseded: the lease is gone")
-            return gone, [Tell(result=result_of(gone), superseded=True)]
-        case CleanedUp():
-            if state.stage is not Stage.CLEANING:
-                return state, []
-            return _replace(state, stage=Stage.OVER), []
-        case _:
-            assert_never(event)
+    return RULES[type(event)](state, event)
 
 
 def result_of(state: AttemptState) -> Result:
@@ -217,8 +97,8 @@ def result_of(state: AttemptState) -> Result:
         reason=reason,
         may_retry=outcome is Outcome.FAILED and state.retry,
         started_at=state.started_at,
-        ended_at=max((s.ended_at for s in state.steps if s.ended_at is not None), default=None),
-        steps=state.steps,
+        ended_at=max([s.ended_at for s in state.steps if s.ended_at is not None], default=None),
+        steps=() if _is_in_process(state) else state.steps,
     )
 
 
@@ -238,10 +118,11 @@ _OUTCOME_OF_CAUSE: dict[Cause, tuple[Outcome, str | None]] = {
 # --- the parts ----------------------------------------------------------------------------------------------------
 
 
-def _on_prepared(state: AttemptState, plan: Plan) -> Next:
+def _on_prepared(state: AttemptState, event: Prepared) -> Next:
+    plan = event.plan
     if state.stage is not Stage.PREPARING:
         return state, []
-    steps = tuple(StepRecord(index=s.index, name=s.name, state=StepState.PENDING) for s in plan.steps)
+    steps = tuple([StepRecord(index=s.index, name=s.name, state=StepState.PENDING) for s in plan.steps])
     ready = _replace(state, plan=plan, steps=steps, stage=Stage.LAUNCHING)
     effects: list[Effect] = []
     if plan.timeout is not None and state.cause is Cause.NONE:
@@ -249,7 +130,8 @@ def _on_prepared(state: AttemptState, plan: Plan) -> Next:
     return _onward(ready, effects)
 
 
-def _on_prepare_failed(state: AttemptState, error: str, invalid: bool) -> Next:
+def _on_prepare_failed(state: AttemptState, event: PrepareFailed) -> Next:
+    error, invalid = event.error, event.invalid
     if state.stage is not Stage.PREPARING:
         return state, []
     reason = "invalid" if invalid else "host"
@@ -278,11 +160,13 @@ def _on_adopted(state: AttemptState, event: Adopted) -> Next:
             running = taken
             continue
         state = _ended_step(_replace(state, current=position), taken.end)
-        effects += [LogStepStarted(taken.index), LogStepEnded(taken.index), Report(state.steps[position])]
+        if not plan.in_process:
+            effects += [LogStepStarted(taken.index), LogStepEnded(taken.index), Report(state.steps[position])]
     if running is not None and event.rebooted:
         gone = StepEnd(running.index, None, None, running.started_at, None, "gone", "the machine was booted meanwhile")
         state = _ended_step(_replace(state, current=_position(plan, running.index)), gone)
-        effects += [LogStepStarted(running.index), LogStepEnded(running.index)]
+        if not plan.in_process:
+            effects += [LogStepStarted(running.index), LogStepEnded(running.index)]
         running = None
     if running is None:
         if event.rebooted and event.taken and _next_step(state) is not None:
@@ -292,13 +176,15 @@ def _on_adopted(state: AttemptState, event: Adopted) -> Next:
     assert position is not None
     record = _replace_step(state.steps[position], state=StepState.RUNNING, started_at=running.started_at)
     state = _replace(state, stage=Stage.STEPPING, current=position, steps=_with(state.steps, position, record))
-    effects += [LogStepStarted(running.index), Report(record)]
+    if not plan.in_process:
+        effects += [LogStepStarted(running.index), Report(record)]
     if state.cause is not Cause.NONE:
         effects.append(StopRun(state.grace, state.kill))
     return state, effects
 
 
-def _on_started(state: AttemptState, index: int, at: datetime) -> Next:
+def _on_started(state: AttemptState, event: StepStarted) -> Next:
+    index, at = event.index, event.at
     position = state.current
     if position is None or state.stage is not Stage.LAUNCHING or state.steps[position].index != index:
         return state, []
@@ -309,14 +195,15 @@ def _on_started(state: AttemptState, index: int, at: datetime) -> Next:
         steps=_with(state.steps, position, record),
         started_at=state.started_at or at,
     )
-    effects: list[Effect] = [Report(record)]
+    effects: list[Effect] = [] if _is_in_process(state) else [Report(record)]
     if state.cause is not Cause.NONE:
         # The stop came while the start was under way and may have found nothing to end.
         effects.append(StopRun(state.grace, state.kill))
     return running, effects
 
 
-def _on_start_failed(state: AttemptState, index: int, error: str) -> Next:
+def _on_start_failed(state: AttemptState, event: StartFailed) -> Next:
+    index, error = event.index, event.error
     position = state.current
     if position is None or state.stage is not Stage.LAUNCHING or state.steps[position].index != index:
         return state, []
@@ -327,11 +214,14 @@ def _on_start_failed(state: AttemptState, index: int, error: str) -> Next:
     return unsure, [StopRun(0.0, True), Inspect(index)]
 
 
-def _on_ended(state: AttemptState, end: StepEnd) -> Next:
+def _on_ended(state: AttemptState, event: StepEnded) -> Next:
+    end = event.end
     position = state.current
     if position is None or not state.is_alive or state.steps[position].index != end.index:
         return state, []
     ended = _ended_step(state, end)
+    if _is_in_process(state):
+        return _onward(ended, [])
     return _onward(ended, [LogStepEnded(end.index), Report(ended.steps[position])])
 
 
@@ -365,7 +255,7 @@ def _ended_step(state: AttemptState, end: StepEnd) -> AttemptState:
     if end.cause == "gone":
         return _caused(state, Cause.LOST, error or "")
     if end.cause == "fence":
-        return _caused(state, Cause.FENCE, "ended at the fence: the host could not renew its lease in time")
+        return _caused(state, Cause.FENCE, _FENCED)
     if step_state is StepState.FAILED and not state.failed:
         reason = end.cause if end.cause in ("timeout", "exec", "invalid") else "step"
         state = _replace(
@@ -404,29 +294,58 @@ def _judge_step(plan: StepPlan, end: StepEnd, error_before: str | None) -> tuple
 def _onward(state: AttemptState, effects: list[Effect]) -> Next:
     """Between steps: the next one, or the end. Called with no step running."""
     following = _next_step(state)
-    interrupted = any(step.state is StepState.CANCELED for step in state.steps)
-    if state.cause is Cause.NONE and interrupted:
-        # The shepherd stopped a step that nobody here asked to stop: by a daemon before this one, before it could say
-        # why.
-        state = _caused(state, Cause.RELEASE, "released: the step was stopped by a daemon before this one")
-    if state.cause is Cause.NONE and following is not None:
-        assert state.plan is not None
-        index = state.plan.steps[following].index
-        return _replace(state, current=following), [*effects, LogStepStarted(index), StartStep(index)]
-    stands = state.cause not in (Cause.LEASE_GONE, Cause.LOST) and not interrupted and following is None
-    if stands and any(step.state is not StepState.PENDING for step in state.steps):
+    interrupted = _has(state.steps, StepState.CANCELED)
+    if state.cause is Cause.NONE:
+        if interrupted:
+            # The shepherd stopped a step that nobody here asked to stop: by a daemon before this one, before it could
+            # say why.
+            state = _caused(state, Cause.RELEASE, "released: the step was stopped by a daemon before this one")
+        elif following is not None:
+            assert state.plan is not None
+            index = state.plan.steps[following].index
+            if not state.plan.in_process:
+                effects.append(LogStepStarted(index))
+            effects.append(StartStep(index))
+            return _replace(state, current=following), effects
+    elif (
+        state.cause not in (Cause.LEASE_GONE, Cause.LOST)
+        and not interrupted
+        and following is None
+        and any(step.state is not StepState.PENDING for step in state.steps)
+    ):
         state = _replace(state, cause=Cause.NONE, cause_text="")
     return _flush(state, effects)
 
 
 def _flush(state: AttemptState, effects: Sequence[Effect] = ()) -> Next:
-    """No process runs any more, nothing more will be started."""
-    skipped = tuple(
-        _replace_step(step, state=StepState.SKIPPED) if step.state is StepState.PENDING else step
-        for step in state.steps
-    )
-    new = [Report(after) for before, after in zip(state.steps, skipped, strict=True) if before is not after]
-    return _replace(state, stage=Stage.FLUSHING, current=None, steps=skipped), [*effects, *new, CompleteLog()]
+    """No process runs any more, nothing more will be started. What has no log is told at once."""
+    if _is_in_process(state):
+        told = _replace(state, stage=Stage.TELLING, current=None)
+        return told, [*effects, _tell(told)]
+    new: list[Effect] = list(effects)
+    steps = state.steps
+    if _has(steps, StepState.PENDING):
+        steps = tuple(
+            _replace_step(step, state=StepState.SKIPPED) if step.state is StepState.PENDING else step for step in steps
+        )
+        new += [Report(after) for before, after in zip(state.steps, steps, strict=True) if before is not after]
+    new.append(CompleteLog())
+    return _replace(state, stage=Stage.FLUSHING, current=None, steps=steps), new
+
+
+def _tell(state: AttemptState) -> Tell:
+    return Tell(result=result_of(state), superseded=state.cause is Cause.LEASE_GONE)
+
+
+def _is_in_process(state: AttemptState) -> bool:
+    return state.plan is not None and state.plan.in_process
+
+
+def _has(steps: tuple[StepRecord, ...], wanted: StepState) -> bool:
+    for step in steps:  # noqa: SIM110 - a generator costs more than all of it, and this is asked twice a job
+        if step.state is wanted:
+            return True
+    return False
 
 
 def _end_from_outside(state: AttemptState, cause: Cause, text: str, grace: float, kill: bool) -> Next:
@@ -438,7 +357,7 @@ def _end_from_outside(state: AttemptState, cause: Cause, text: str, grace: float
             return state, []
         gone = _caused(state, cause, text)
         if state.stage is Stage.TELLING:
-            return gone, [Tell(result=result_of(gone), superseded=True)]
+            return gone, [_tell(gone)]
         return gone, []
     was_stopping = state.cause is not Cause.NONE
     harder = not was_stopping or (kill and not state.kill) or (not state.kill and grace < state.grace)
@@ -453,7 +372,7 @@ def _end_from_outside(state: AttemptState, cause: Cause, text: str, grace: float
     return caused, effects
 
 
-def _on_stop_overdue(state: AttemptState) -> Next:
+def _on_stop_overdue(state: AttemptState, event: StopOverdue) -> Next:
     if not state.is_alive:
         return state, []
     if state.stage is Stage.PREPARING:
@@ -472,8 +391,8 @@ def _next_step(state: AttemptState) -> int | None:
     """Position of the step that is next by the rules of failure; causes from outside are not looked at."""
     if state.plan is None:
         return None
-    for position, (step, record) in enumerate(zip(state.plan.steps, state.steps, strict=True)):
-        if record.state is StepState.PENDING and (step.always or not state.failed):
+    for position, record in enumerate(state.steps):
+        if record.state is _PENDING and (not state.failed or state.plan.steps[position].always):
             return position
     return None
 
@@ -492,3 +411,71 @@ def _with(steps: tuple[StepRecord, ...], position: int, step: StepRecord) -> tup
 
 def _seconds(seconds: float | None) -> str:
     return "its limit" if seconds is None else f"{seconds:g} s"
+
+
+def _on_nothing_to_adopt(state: AttemptState, event: NothingToAdopt) -> Next:
+    if state.stage is not Stage.PREPARING:
+        return state, []
+    return _flush(_caused(state, Cause.RELEASE, "the attempt had not begun on this host"))
+
+
+def _on_timed_out(state: AttemptState, event: JobTimedOut) -> Next:
+    limit = state.plan.timeout if state.plan else None
+    return _end_from_outside(state, Cause.TIMEOUT, f"the job timed out after {_seconds(limit)}", event.grace, False)
+
+
+def _on_log_completed(state: AttemptState, event: LogCompleted) -> Next:
+    if state.stage is not Stage.FLUSHING:
+        return state, []
+    told = _replace(state, stage=Stage.TELLING)
+    return told, [_tell(told)]
+
+
+def _on_recorded(state: AttemptState, event: Recorded) -> Next:
+    if state.stage is not Stage.TELLING:
+        return state, []
+    # What runs in the daemon leaves nothing behind that would have to be waited for.
+    return _replace(state, stage=Stage.OVER if _is_in_process(state) else Stage.CLEANING), [CleanUp()]
+
+
+def _on_refused(state: AttemptState, event: Refused) -> Next:
+    if state.stage is not Stage.TELLING or state.cause is Cause.LEASE_GONE:
+        return state, []
+    gone = _caused(state, Cause.LEASE_GONE, _SUPERSEDED)
+    return gone, [_tell(gone)]
+
+
+def _on_cleaned_up(state: AttemptState, event: CleanedUp) -> Next:
+    if state.stage is not Stage.CLEANING:
+        return state, []
+    return _replace(state, stage=Stage.OVER), []
+
+
+RULES: dict[type, Callable[[AttemptState, Any], Next]] = {
+    Prepared: _on_prepared,
+    PrepareFailed: _on_prepare_failed,
+    Adopted: _on_adopted,
+    NothingToAdopt: _on_nothing_to_adopt,
+    StepStarted: _on_started,
+    StartFailed: _on_start_failed,
+    StepEnded: _on_ended,
+    StopAsked: lambda state, event: _end_from_outside(
+        state, Cause.STOP, f"stopped by {event.by}", event.grace, event.kill
+    ),
+    Release: lambda state, event: _end_from_outside(
+        state, Cause.RELEASE, "released: the host drains", event.grace, event.kill
+    ),
+    JobTimedOut: _on_timed_out,
+    Fenced: lambda state, event: _end_from_outside(state, Cause.FENCE, _FENCED, 0.0, True),
+    LeaseGone: lambda state, event: _end_from_outside(state, Cause.LEASE_GONE, _SUPERSEDED, 0.0, True),
+    Stalled: lambda state, event: _end_from_outside(
+        state, Cause.STALL, "released: the job's actor stalled", event.grace, False
+    ),
+    Crashed: lambda state, event: _end_from_outside(state, Cause.CRASH, f"bsup's own fault: {event.error}", 0.0, True),
+    StopOverdue: _on_stop_overdue,
+    LogCompleted: _on_log_completed,
+    Recorded: _on_recorded,
+    Refused: _on_refused,
+    CleanedUp: _on_cleaned_up,
+}
+"""What each event means; one entry for every member of ``Event``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from random import Random
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from supervisor.actors.adoption import compare
 from supervisor.actors.dispatcher import CRASHES, Dispatcher
+from supervisor.actors.ledger import Owner
 from supervisor.mailbox import Lane, Mailbox
 from supervisor.messages import (
     Beat,
@@ -47,17 +48,15 @@ class StubJob:
         self.lease = lease
         self.start = start
         self.mailbox: Mailbox[JobMessage] = Mailbox("stub")
-        self.canceled = False
+        self.abandoned = False
         self._crash = crash
 
-    async def run(self, tasks: asyncio.TaskGroup) -> None:
+    def begin(self, owner: Owner, on_over: Callable[[Exception | None], None]) -> None:
         if self._crash:
-            raise ValueError("boom")
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            self.canceled = True
-            raise
+            asyncio.get_running_loop().call_soon(on_over, ValueError("boom"))
+
+    def abandon(self) -> None:
+        self.abandoned = True
 
 
 class Stage:
@@ -113,7 +112,7 @@ async def test_a_silent_actor_is_followed_by_one_that_ends_its_job() -> None:
         stage.mailbox.tell(Beat(), Lane.CONTROL)
         await until(lambda: len(stage.jobs) == 2)
         assert stage.jobs[1].start == JobStart(adopt=True, doom=Stalled(10.0))
-        assert first.canceled
+        assert first.abandoned
 
 
 async def test_an_actor_that_crashes_is_followed_a_few_times_and_harms_no_one_else() -> None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supervisor.model.attempt import AttemptState, Cause, Stage, advance
+from supervisor.model.attempt import RULES, advance
+from supervisor.model.attempt_state import AttemptState, Cause, Stage
 from supervisor.model.attempt_words import (
     AbandonPrepare,
     Adopted,
