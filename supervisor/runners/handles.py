@@ -30,10 +30,10 @@ class Damaged(RunnerError):
 class StepFile(msgspec.Struct, kw_only=True, frozen=True):
     """``<index>/spec``: the intent, all that the shepherd knows of a step.
 
-    ``cwd`` is relative to ``workspace`` (absolute, below ``work/``). ``own``: the workspace tree is given to ``uid``
-    before the start. ``timeout`` and ``grace`` in seconds; ``max_output`` in bytes, both streams together. ``token``
-    becomes the step's ``BSUP_RUN``. ``as_service``: runs as the daemon's own uid (``uid`` and ``gid`` are then
-    ignored). ``HOME`` and ``TMPDIR`` default to the workspace's ``home`` and ``tmp``.
+    ``cwd`` is relative to ``workspace`` (absolute, below ``work/``). ``timeout`` and ``grace`` in seconds;
+    ``max_output`` in bytes, both streams together. ``token`` becomes the step's ``BSUP_RUN``. ``as_service``: runs as
+    the daemon's own uid (``uid`` and ``gid`` are then ignored). ``HOME`` and ``TMPDIR`` default to the workspace's
+    ``home`` and ``tmp``.
     """
 
     argv: tuple[str, ...]
@@ -43,7 +43,6 @@ class StepFile(msgspec.Struct, kw_only=True, frozen=True):
     env: dict[str, str] = {}
     uid: int | None = None
     gid: int | None = None
-    own: bool = False
     timeout: float | None = None
     grace: float = 10.0
     max_output: int = 1 << 30
@@ -116,6 +115,11 @@ def read_exit(step_dir: Path) -> Exit | None:
 
 def read_closed(step_dir: Path) -> Closed | None:
     return _read(step_dir / "closed", Closed)
+
+
+def is_there(run_dir: Path) -> bool:
+    """Whether anything of the run is."""
+    return os.path.lexists(run_dir)
 
 
 def is_claimed(step_dir: Path) -> bool:

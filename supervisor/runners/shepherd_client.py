@@ -27,7 +27,7 @@ HintKind = Literal["exited", "closed", "reconnected"]
 Hint = Callable[[HintKind, Path | None], None]
 
 _SHEPHERD = Path(__file__).resolve().parent.parent / "shepherd"
-_PROTOCOL = 1
+_PROTOCOL = 2
 _LONGEST_LINE = 16 << 20
 _LONGEST_PATH = 100
 _FIRST_PAUSE = 0.02
@@ -117,12 +117,14 @@ class ShepherdClient:
         files."""
         self._tell.append(tell)
 
-    async def start_step(self, step_dir: Path) -> None:
-        """Starts the step whose ``spec`` is there; returns when ``started`` is on disk (or it was claimed before).
+    async def start_step(self, step_dir: Path) -> float | None:
+        """Starts the step whose ``spec`` is there; returns when ``started`` is on disk: at which time it did, unix
+        seconds (None: it was claimed before).
 
         A command that can't be executed is no error here: the step's ``exit`` says so (cause ``exec``).
         """
-        await self._ask({"do": "start", "dir": str(step_dir)})
+        at = (await self._ask({"do": "start", "dir": str(step_dir)})).get("at")
+        return at if isinstance(at, float) else None
 
     async def stop_run(self, run_dir: Path, grace: float, kill: bool) -> bool:
         """Stops what runs of it now (True), if anything does; returns at once. The end comes as files and hints."""
@@ -138,9 +140,14 @@ class ShepherdClient:
         """Gives a workspace to the daemon's own uid, for keeping: the job's uid will be another job's soon."""
         await self._ask({"do": "give_back", "path": str(path)}, slow=True)
 
-    async def remove(self, path: Path) -> None:
-        """Removes ``work/<name>`` or ``runs/<lease>``, whoever owns what is in it. Idempotent. Not while it runs."""
-        await self._ask({"do": "remove", "path": str(path)}, slow=True)
+    async def own(self, path: Path, uid: int | None) -> None:
+        """Gives a workspace with all that is in it to ``uid`` (None: the shepherd's own)."""
+        await self._ask({"do": "own", "path": str(path), "uid": uid}, slow=True)
+
+    async def remove(self, *paths: Path) -> None:
+        """Removes ``work/<name>`` and ``runs/<lease>``, whoever owns what is in them. Idempotent. Not while one is in
+        use."""
+        await self._ask({"do": "remove", "path": [str(path) for path in paths]}, slow=True)
 
     async def status(self) -> dict[str, Any]:
         """pid, protocol, live (a list of {dir, pid, uid, state, cause, since}), fence_at, isolation (words by name)

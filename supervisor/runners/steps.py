@@ -3,8 +3,9 @@
 May import ``model``, ``ports``, anyio and its neighbours in ``runners``. Made by ``app``, called by the job actors.
 
 Everything about a run is on disk (``run_files``, ``handles``); what this object holds in memory is only whom to tell.
-A step's end is noticed by the shepherd's hints, and by one timer that looks at the files of all live steps, so that a
-lost hint costs a quarter of a second and nothing else. *Exited* and *output closed* are two facts: an end is told when
+What it remembers of its own runs only saves it from reading that again. A step's end is noticed by the shepherd's
+hints, and by one timer that looks at the files of all live steps, so that a lost hint costs a quarter of a second and
+nothing else. *Exited* and *output closed* are two facts: an end is told when
 both are there, or when the output stayed open for ``CLOSE_WAIT`` after the exit.
 """
 
@@ -26,7 +27,7 @@ from supervisor.model.errors import RunnerError
 from supervisor.model.job import Lease, LeaseId
 from supervisor.ports import HandleInfo, Plan, StepEnd, StepTaken
 from supervisor.runners import handles, host_disk
-from supervisor.runners.handles import Damaged, Started, StepFile
+from supervisor.runners.handles import Damaged, Exit, Started
 from supervisor.runners.run_files import RunFile, RunWriter, StepsSettings, read_run
 from supervisor.runners.shepherd_client import Hint, HintKind, Refused
 from supervisor.runners.uids import UidPool
@@ -44,15 +45,17 @@ class Shepherd(Protocol):
 
     def on_hint(self, tell: Hint) -> None: ...
 
-    async def start_step(self, step_dir: Path) -> None: ...
+    async def start_step(self, step_dir: Path) -> float | None: ...
 
     async def stop_run(self, run_dir: Path, grace: float, kill: bool) -> bool: ...
 
     async def make_workspace(self, path: Path, uid: int | None) -> None: ...
 
+    async def own(self, path: Path, uid: int | None) -> None: ...
+
     async def give_back(self, path: Path) -> None: ...
 
-    async def remove(self, path: Path) -> None: ...
+    async def remove(self, *paths: Path) -> None: ...
 
     async def status(self) -> dict[str, object]: ...
 
@@ -60,15 +63,19 @@ class Shepherd(Protocol):
 class _Live:
     """A step that was started and whose end is not told yet. ``exited``: monotonic time its exit was first seen.
 
-    ``is_dead``: its process is gone. ``question``: the shepherd is being asked what it knows of it.
+    ``started_at``: as the shepherd answered, where it did. ``is_dead``: its process is gone. ``question``: the
+    shepherd is being asked what it knows of it.
     """
 
-    def __init__(self, lease: LeaseId, index: int, step_dir: Path, checkout: bool, tell: Tell) -> None:
+    def __init__(
+        self, lease: LeaseId, index: int, step_dir: Path, checkout: bool, tell: Tell, started_at: datetime | None = None
+    ) -> None:
         self.lease = lease
         self.index = index
         self.step_dir = step_dir
         self.checkout = checkout
         self.tell = tell
+        self.started_at = started_at
         self.exited: float | None = None
         self.is_dead = False
         self.question: asyncio.Task[None] | None = None
@@ -97,6 +104,7 @@ class StepsRunner:
         self._state = state
         self._shepherd = shepherd
         self._uids = UidPool(uid_base, uid_count)
+        self._known: dict[LeaseId, RunFile] = {}
         self._uid_range = f"{uid_base} to {uid_base + uid_count - 1}"
         self._live: dict[Path, _Live] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -128,30 +136,31 @@ class StepsRunner:
     # --- ports.Runner ---
 
     async def prepare(self, lease: Lease) -> Plan:
-        run_dir = self._run_dir(lease.id)
-        run = await anyio.to_thread.run_sync(read_run, run_dir)
+        run = await self._run(lease.id)
         if run is None:
             writer = RunWriter(self._state, lease, self.settings)
             uid = self._uids.take(lease.id)
             try:
                 run = await anyio.to_thread.run_sync(writer.write, uid, time.time())
             except RunnerError:
-                if not run_dir.exists():
+                if not self._run_dir(lease.id).exists():
                     self._uids.give_back(lease.id)
                 raise
+            self._known[lease.id] = run
         # With a checkout the workspace is the daemon's until the first step: git runs as the daemon's user.
         await self._shepherd.make_workspace(Path(run.workspace), None if run.has_checkout else run.uid)
         return run.plan
 
     async def start(self, lease: LeaseId, step: int, tell: Tell) -> datetime:
-        run_dir = self._run_dir(lease)
-        run = await anyio.to_thread.run_sync(read_run, run_dir)
+        run = await self._run(lease)
         if run is None:
             raise RunnerError(f"run {lease}: there is no such run on this host")
-        step_dir = run_dir / str(step)
-        await anyio.to_thread.run_sync(self._own_first, run, step)
+        step_dir = self._run_dir(lease) / str(step)
+        if await anyio.to_thread.run_sync(self._is_first_own, run, step) if run.has_checkout else False:
+            # The workspace was the checkout's until then.
+            await self._shepherd.own(Path(run.workspace), run.uid)
         try:
-            await self._start(step_dir)
+            at = await self._start(step_dir)
         except Refused as refusal:
             if refusal.code != "fence" or handles.is_claimed(step_dir):
                 raise
@@ -159,8 +168,8 @@ class StepsRunner:
             now = datetime.now(UTC)
             asyncio.get_running_loop().call_soon(tell, StepEnd(step, None, None, None, now, "fence", str(refusal)))
             return now
-        started = self._started_at(step_dir)
-        self._watch(_Live(lease, step, step_dir, run.has_checkout and step == 0, tell))
+        started = self._started_at(step_dir) if at is None else _moment(at)
+        self._watch(_Live(lease, step, step_dir, run.has_checkout and step == 0, tell, started))
         return started or datetime.now(UTC)
 
     async def adopt(self, lease: LeaseId, tell: Tell) -> list[StepTaken] | None:
@@ -195,15 +204,16 @@ class StepsRunner:
             del self._live[step_dir]
         keep = self.settings.keep_workspace
         with contextlib.suppress(RunnerError):  # a damaged run is removed like any other
-            run = await anyio.to_thread.run_sync(read_run, run_dir)
+            run = await self._run(lease)
             keep = keep or (run is not None and run.keep_workspace)
         if keep and workspace.exists():
             await self._shepherd.give_back(workspace)
             await anyio.to_thread.run_sync(host_disk.mark_kept, workspace)
-        elif workspace.exists():
-            await self._shepherd.remove(workspace)
-        if run_dir.exists():
             await self._shepherd.remove(run_dir)
+        else:
+            # The workspace first: a handle that is left is found again, and with it whose the workspace is.
+            await self._shepherd.remove(workspace, run_dir)
+        self._known.pop(lease, None)
         self._uids.give_back(lease)
 
     async def handles(self) -> list[LeaseId]:
@@ -239,8 +249,9 @@ class StepsRunner:
 
     # --- starting ---
 
-    async def _start(self, step_dir: Path) -> None:
-        """Once its claim is there the step may have run: from then on, only its files say what became of it."""
+    async def _start(self, step_dir: Path) -> float | None:
+        """When it started, if the shepherd says. Once its claim is there the step may have run: from then on, only its
+        files say what became of it."""
         for attempt in range(1, _CLAIMED_TRIES + 1):
             try:
                 return await self._shepherd.start_step(step_dir)
@@ -253,25 +264,15 @@ class StepsRunner:
                     raise
         return None
 
-    def _own_first(self, run: RunFile, step: int) -> None:
-        """The first of the job's own steps that starts is given the workspace, which was the checkout's until then.
+    def _is_first_own(self, run: RunFile, step: int) -> bool:
+        """Whether this is the first of the job's own steps behind a checkout.
 
-        Only the first: once something of the job has run, its tree is not to be walked as root again.
+        Only then its tree is walked as root: not once something of the job has run.
         """
         run_dir = self._run_dir(LeaseId.parse(run.lease))
-        if not run.has_checkout or step == 0 or run.uid is None:
-            return
-        others = (other.index for other in run.plan.steps if other.index not in (0, step))
-        if any(handles.is_claimed(run_dir / str(other)) for other in others):
-            return
-        step_dir = run_dir / str(step)
-        if handles.is_claimed(step_dir):
-            return
-        try:
-            spec = msgspec.json.decode((step_dir / "spec").read_bytes(), type=StepFile)
-        except (OSError, msgspec.MsgspecError) as error:
-            raise RunnerError(f"{step_dir / 'spec'}: can't be read: {error}") from error
-        handles.write_step(step_dir, msgspec.structs.replace(spec, own=True))
+        if step == 0 or run.uid is None:
+            return False
+        return not any(handles.is_claimed(run_dir / str(other.index)) for other in run.plan.steps if other.index != 0)
 
     # --- noticing ends ---
 
@@ -296,7 +297,10 @@ class StepsRunner:
             for live in list(self._live.values()):
                 self._look(live)
         elif (found := self._live.get(step_dir)) is not None:
-            self._look(found)
+            if kind == "closed" and (end := self._told_end(found)) is not None:
+                self._tell_end(found, end)
+            else:
+                self._look(found)
 
     def _look(self, live: _Live) -> None:
         """Tells the step's end if its files have it, once."""
@@ -351,12 +355,17 @@ class StepsRunner:
             rebooted = started is not None and started.boot_id != self._boot_id
             if not rebooted and time.monotonic() - live.exited < self._close_wait:
                 return None
-        error = exit_.error
-        if live.checkout and exit_.exit_code and error is None:
-            error = _checkout_error(live.step_dir)
-        return StepEnd(
-            live.index, exit_.exit_code, exit_.signal, started_at, _moment(exit_.at), cause=exit_.cause, error=error
-        )
+        return _end_of(live, started_at, exit_)
+
+    def _told_end(self, live: _Live) -> StepEnd | None:
+        """Of a step whose start was answered, and whose ``closed`` is there: how it ended, by its ``exit`` alone."""
+        if live.started_at is None or not handles.is_closed(live.step_dir):
+            return None
+        try:
+            exit_ = handles.read_exit(live.step_dir)
+        except RunnerError:
+            return None
+        return None if exit_ is None else _end_of(live, live.started_at, exit_)
 
     async def _end_of_unknown(self, live: _Live) -> StepEnd | None:
         """Of a step that was claimed and has no ``exit``, and no process that is known to live: only the shepherd can
@@ -401,6 +410,18 @@ class StepsRunner:
 
     # --- on disk ---
 
+    async def _run(self, lease: LeaseId) -> RunFile | None:
+        """What is being run under the lease; None if nothing was prepared. Raises RunnerError."""
+        if (known := self._known.get(lease)) is not None:
+            return known
+        run_dir = self._run_dir(lease)
+        if not handles.is_there(run_dir):
+            return None
+        run = await anyio.to_thread.run_sync(read_run, run_dir)
+        if run is not None:
+            self._known[lease] = run
+        return run
+
     def _run_dir(self, lease: LeaseId) -> Path:
         return self._runs / str(lease)
 
@@ -431,6 +452,14 @@ def _whole(read: Callable[[Path], F | None], step_dir: Path) -> tuple[F | None, 
         return read(step_dir), None
     except Damaged as damage:
         return None, str(damage)
+
+
+def _end_of(live: _Live, started_at: datetime | None, exit_: Exit) -> StepEnd:
+    error = exit_.error
+    if live.checkout and exit_.exit_code and error is None:
+        error = _checkout_error(live.step_dir)
+    ended_at = _moment(exit_.at)
+    return StepEnd(live.index, exit_.exit_code, exit_.signal, started_at, ended_at, cause=exit_.cause, error=error)
 
 
 def _moment(seconds: float) -> datetime:

@@ -8,13 +8,16 @@ working directory, and no installed package, is imported.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import gc
 import os
 import resource
 import signal
+import socket
 import sys
-from collections.abc import Callable
+import time
+import traceback
 from dataclasses import replace
 
 if not __package__:
@@ -23,15 +26,19 @@ if not __package__:
 
 from supervisor.shepherd import linux
 from supervisor.shepherd.files import StateDirectory, log_is_full, log_to, say
+from supervisor.shepherd.guardian import guard
 from supervisor.shepherd.host import Host
 from supervisor.shepherd.loop import Loop, now
-from supervisor.shepherd.server import Server
+from supervisor.shepherd.server import SOCKET, Server
 from supervisor.shepherd.spawn import private_tmp_problem
 from supervisor.shepherd.spec import Policy, is_uid_range, service_ids
 from supervisor.shepherd.sweep import sweep
 from supervisor.shepherd.uids import UidRanges
 
 _LOG_CHECK = 60.0
+_OTHERS_TIME = 10.0
+_PAUSE = 0.01
+_CRASHED = 70
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--uid must not be one of the jobs'")
     state = StateDirectory(options.state, policy.owner)
     if not options.detach:
-        return _run(state, policy, options.linger, lambda: None)
+        return _run(state, policy, options.linger, _Waiter())
     read, write = os.pipe2(os.O_CLOEXEC)
     if os.fork() > 0:
         os.close(write)
@@ -60,28 +67,55 @@ def main(arguments: list[str] | None = None) -> int:
     log_to(state)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
-    return _run(state, policy, options.linger, lambda: _ready(write), detached=True)
+    return _run(state, policy, options.linger, _Waiter(write), detached=True)
 
 
-def _ready(write: int) -> None:
-    os.write(write, b"!")
-    os.close(write)
+class _Waiter:
+    """Who started it in the background, and is told once that it listens; if all let go of it before, that it can't."""
+
+    def __init__(self, write: int = -1) -> None:
+        self._write = write
+
+    def tell(self) -> None:
+        if self._write >= 0:
+            os.write(self._write, b"!")
+        self.let_go()
+
+    def let_go(self) -> None:
+        if self._write >= 0:
+            os.close(self._write)
+            self._write = -1
 
 
-def _run(
-    state: StateDirectory, policy: Policy, linger: float, ready: Callable[[], None], *, detached: bool = False
-) -> int:
+def _run(state: StateDirectory, policy: Policy, linger: float, waiter: _Waiter, *, detached: bool = False) -> int:
     os.umask(0o077)
     os.chdir(state.fd)
+    linux.name_process("bsup-guardian")
     lock = os.open("shepherd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        # Another one serves this directory: that is as good.
-        ready()
+        # Another one serves this directory: that is as good, once it listens.
+        os.close(lock)
+        _await_another()
+        waiter.tell()
         return 0
+    return guard(state, lambda: _serve(state, policy, linger, waiter, detached=detached), waiter.let_go)
+
+
+def _await_another() -> None:
+    """It may be at the sweep still."""
+    deadline = time.monotonic() + _OTHERS_TIME
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+            link.connect(SOCKET)
+            return
+        time.sleep(_PAUSE)
+
+
+def _serve(state: StateDirectory, policy: Policy, linger: float, waiter: _Waiter, *, detached: bool) -> int:
+    """Until nobody needs it. In a process of its own, a child of the guardian's."""
     linux.become_subreaper()
-    linux.name_process("bsup-shepherd")
     file_limit = _raise_file_limit()
     state.make("runs", 0o700)
     state.make("work", 0o711)
@@ -112,8 +146,12 @@ def _run(
     gc.collect()
     gc.freeze()
     say(f"shepherd {os.getpid()} serves {state.path}")
-    ready()
-    loop.run()
+    waiter.tell()
+    try:
+        loop.run()
+    except BaseException:
+        traceback.print_exc()
+        return _CRASHED
     server.close()
     say(f"shepherd {os.getpid()} leaves")
     return 0

@@ -22,6 +22,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LARGEST_FILE = 8 << 20
 _LARGEST_LOG = 1 << 20
+_PIECE = 1 << 16
+_AT_ONCE_BYTES = 4 << 20
 
 
 class Refusal(Exception):
@@ -93,12 +95,49 @@ class StateDirectory:
 
     def write_json(self, directory: int, name: str, value: Mapping[str, Any]) -> None:
         """By write and rename: a reader sees all of it or nothing."""
-        temporary = f".{name}.tmp"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=directory)
-        with open(self.create(directory, temporary), "wb") as file:
-            file.write(json.dumps(value, separators=(",", ":")).encode())
-        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        promised = PromisedFile(self, directory, name)
+        promised.reserve()
+        promised.write(value)
+
+
+class PromisedFile:
+    """A file of JSON that comes to be by write and rename. ``size``: bytes it is given room for beforehand, so that a
+    disk that fills up meanwhile can't refuse it; what is shorter is followed by blanks."""
+
+    def __init__(self, state: StateDirectory, directory: int, name: str, size: int = 0) -> None:
+        self._state = state
+        self._directory = directory
+        self._name = name
+        self._size = size
+        self._fd = -1
+
+    def reserve(self) -> None:
+        temporary = f".{self._name}.tmp"
+        try:
+            self._fd = self._state.create(self._directory, temporary)
+        except FileExistsError:
+            os.unlink(temporary, dir_fd=self._directory)
+            self._fd = self._state.create(self._directory, temporary)
+        if self._size and os.write(self._fd, b" " * self._size) < self._size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._name)
+
+    def write(self, value: Mapping[str, Any]) -> None:
+        data = json.dumps(value, separators=(",", ":")).encode().ljust(self._size)
+        try:
+            if os.pwrite(self._fd, data, 0) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._name)
+        finally:
+            os.close(self._fd)
+            self._fd = -1
+        os.rename(f".{self._name}.tmp", self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+
+    def drop(self) -> None:
+        """There is nothing to say."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            with contextlib.suppress(OSError):
+                os.unlink(f".{self._name}.tmp", dir_fd=self._directory)
 
 
 def read_json(directory: int, name: str) -> dict[str, Any] | None:
@@ -107,8 +146,14 @@ def read_json(directory: int, name: str) -> dict[str, Any] | None:
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
     except FileNotFoundError:
         return None
-    with open(fd, "rb") as file:
-        data = file.read(_LARGEST_FILE + 1)
+    try:
+        data = b""
+        while len(data) <= _LARGEST_FILE and (more := os.read(fd, _PIECE)):
+            data = data + more if data else more
+            if len(more) < _PIECE:
+                break
+    finally:
+        os.close(fd)
     if len(data) > _LARGEST_FILE:
         raise ValueError(f"{name} is larger than {_LARGEST_FILE} bytes")
     try:
@@ -177,12 +222,31 @@ def _chown_entries(at: int, device: int, uid: int, gid: int) -> list[str]:
     return below
 
 
-def remove_tree(parent: int, name: str) -> None:
-    """Removes whatever has this name; nothing is followed. Idempotent.
+class TooLarge(Exception):
+    """A tree whose removal would take longer than was allowed; some of it is gone."""
+
+
+class _Room:
+    """How much may be removed: entries, none of them larger than ``_AT_ONCE_BYTES``. None: as much as there is."""
+
+    def __init__(self, entries: int | None) -> None:
+        self._left = entries
+
+    def take(self, size: int) -> None:
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0 or size > _AT_ONCE_BYTES:
+                raise TooLarge
+
+
+def remove_tree(parent: int, name: str, most: int | None = None) -> None:
+    """Removes whatever has this name; nothing is followed. Idempotent. Raises TooLarge past ``most`` entries, or at a
+    large file, where ``most`` is given.
 
     Directories are moved up to the top one by one and emptied there: so a tree may be as deep as a job can make it,
     with neither recursion nor a descriptor for each level.
     """
+    room = _Room(most)
     try:
         top = _open_own(parent, name)
     except FileNotFoundError:
@@ -193,12 +257,12 @@ def remove_tree(parent: int, name: str) -> None:
     prefix = f".{secrets.token_hex(8)}-"
     moved = 0
     try:
-        while below := _unlink_entries(top):
+        while below := _unlink_entries(top, room):
             for each in below:
                 directory = _open_own(top, each)
                 assert directory is not None
                 try:
-                    for inner in _unlink_entries(directory):
+                    for inner in _unlink_entries(directory, room):
                         moved += 1
                         os.rename(inner, f"{prefix}{moved}", src_dir_fd=directory, dst_dir_fd=top)
                 finally:
@@ -209,16 +273,22 @@ def remove_tree(parent: int, name: str) -> None:
     os.rmdir(name, dir_fd=parent)
 
 
-def _unlink_entries(directory: int) -> list[str]:
-    """Removes what is no directory; returns the directories, open for their owner."""
+def _unlink_entries(directory: int, room: _Room) -> list[str]:
+    """Removes what is no directory, and directories that are empty; returns the others, open for their owner."""
     below = []
     for name in os.listdir(directory):
         entry = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        if stat.S_ISDIR(entry.st_mode):
+        room.take(entry.st_size)
+        if not stat.S_ISDIR(entry.st_mode):
+            os.unlink(name, dir_fd=directory)
+            continue
+        try:
+            os.rmdir(name, dir_fd=directory)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
             _open_up(directory, name, entry)
             below.append(name)
-        else:
-            os.unlink(name, dir_fd=directory)
     return below
 
 

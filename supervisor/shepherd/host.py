@@ -1,7 +1,7 @@
 """All live steps of the host: starts them, reaps, watches the fence, and keeps uids apart. Standard library only.
 
-Called by ``server`` with requests, and by the loop. Work on whole trees (removing, giving away) is done in forked
-workers: it may take seconds, and nothing here may wait.
+Called by ``server`` with requests, and by the loop. Small trees are removed at once; work on whole ones (removing,
+giving away) is done in forked workers: it may take seconds, and nothing here may wait.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from supervisor.shepherd import kill, linux
-from supervisor.shepherd.fence import Fence
-from supervisor.shepherd.files import Refusal, StateDirectory, chown_tree, exists, remove_tree, say
+from supervisor.shepherd.fence import Fence, boot_id
+from supervisor.shepherd.files import Refusal, StateDirectory, TooLarge, chown_tree, exists, remove_tree, say
 from supervisor.shepherd.loop import Loop, now
-from supervisor.shepherd.spawn import fork_quietly, reset_signals
+from supervisor.shepherd.spawn import Spawner, fork_quietly, reset_signals
 from supervisor.shepherd.spec import Policy, is_uid_range, read_spec
 from supervisor.shepherd.step import Place, Step
 from supervisor.shepherd.uids import UidRanges
@@ -29,6 +29,7 @@ _REAP_TURN = 500
 _HAUNT_RETRY = 1.0
 _FENCE_RETRY = 0.05
 _GUARD_LOOK = 0.5
+_REMOVED_AT_ONCE = 64
 
 Answer = Callable[[str | None], None]
 
@@ -61,7 +62,8 @@ class Host:
         self.state = state
         self.policy = policy
         self._uids = uids
-        self.file_limit = file_limit
+        self.spawner = Spawner(state.fd, file_limit)
+        self.boot_id = boot_id()
         self.fence = Fence(state)
         self._tmp_problem = tmp_problem
         self.on_event: Callable[[str, str], None] = lambda *_: None
@@ -92,7 +94,7 @@ class Host:
         finally:
             if step is None:
                 os.close(directory)
-        return {"pid": step.pid}
+        return {"pid": step.pid, "at": step.started_at}
 
     def _start(self, place: Place) -> Step:
         if self.ending:
@@ -108,9 +110,9 @@ class Host:
         except Refusal:
             os.unlink("claim", dir_fd=place.directory)
             raise
-        assert step.pid is not None
         self._live[place.run, place.index] = step
-        self._mains[step.pid] = step
+        if step.pid is not None:
+            self._mains[step.pid] = step
         self._watch_fence()
         return step
 
@@ -120,8 +122,10 @@ class Host:
             spec = replace(spec, private_tmp=False)
         if spec.own_uid and spec.ids is not None:
             for other in (*self._live.values(), *self._haunted):
-                if other.own_uid == spec.ids[0] and other.place.run != place.run:
-                    raise Refusal("busy", f"uid {spec.ids[0]} is used by run {other.place.run}")
+                # Of the same run too: to start a process is to have its uid for a moment, and one that lives could
+                # signal whoever has it. What is being closed was sent SIGKILL already.
+                if other.own_uid == spec.ids[0] and (other.place.run != place.run or other.pid is not None):
+                    raise Refusal("busy", f"uid {spec.ids[0]} is used by {other.place.run}/{other.place.index}")
         os.close(self.state.open("work", *spec.workspace))
         return Step(self, place, spec)
 
@@ -136,9 +140,7 @@ class Host:
     def make_workspace(self, path: object, uid: object) -> None:
         """Idempotent. Raises Refusal."""
         (name,) = self.state.names(path, "work", 1)
-        if uid is not None and (isinstance(uid, bool) or not isinstance(uid, int) or not self.policy.allows(uid)):
-            raise Refusal("policy", f"uid: {uid} is not one this host gives to jobs")
-        owner = (self.policy.real(uid),) * 2 if isinstance(uid, int) else self.policy.owner
+        owner = self._owner(uid)
         try:
             top = self.state.open("work")
             try:
@@ -154,20 +156,55 @@ class Host:
         except OSError as error:
             raise Refusal("failed", f"{path}: {error.strerror}") from error
 
-    def remove(self, path: object, answer: Answer) -> None:
-        """Removes a workspace or a handle in a worker. Idempotent. Raises Refusal while something of it runs."""
-        top, name = self._tree(path)
-        self._submit(_Work(top, name, lambda: _remove(self.state, top, name), answer))
+    def remove(self, paths: object, answer: Answer) -> None:
+        """Removes workspaces and handles, in a worker if they are large. Idempotent. Raises Refusal while something of
+        them runs."""
+        if not isinstance(paths, list):
+            paths = [paths]
+        trees = [self._tree(path) for path in paths]
+        left = [tree for tree in trees if not self._remove_at_once(*tree)]
+        if not left:
+            answer(None)
+            return
+
+        def run() -> None:
+            for top, name in left:
+                _remove(self.state, top, name)
+
+        self._submit(_Work(*left[0], run, answer))
+
+    def _remove_at_once(self, top: str, name: str) -> bool:
+        try:
+            _remove(self.state, top, name, _REMOVED_AT_ONCE)
+        except (TooLarge, OSError):
+            return False  # for a worker, which says what is wrong
+        return True
+
+    def own(self, path: object, uid: object, answer: Answer) -> None:
+        """Gives a workspace to a job's uid (None: the shepherd's own), in a worker: what a checkout made there."""
+        (name,) = self.state.names(path, "work", 1)
+        self._tree(path)
+        owner = self._owner(uid) or (os.geteuid(), os.getegid())
+        self._give("work", name, owner, answer)
 
     def give_back(self, path: object, answer: Answer) -> None:
         """Gives a workspace to the daemon's uid, in a worker."""
         (name,) = self.state.names(path, "work", 1)
         self._tree(path)
+        self._give("work", name, self.policy.service, answer)
 
+    def _give(self, top: str, name: str, owner: tuple[int, int], answer: Answer) -> None:
         def run() -> None:
-            chown_tree(self.state.open("work", name), *self.policy.service)
+            chown_tree(self.state.open(top, name), *owner)
 
-        self._submit(_Work("work", name, run, answer))
+        self._submit(_Work(top, name, run, answer))
+
+    def _owner(self, uid: object) -> tuple[int, int] | None:
+        if uid is None:
+            return self.policy.owner
+        if isinstance(uid, bool) or not isinstance(uid, int) or not self.policy.allows(uid):
+            raise Refusal("policy", f"uid: {uid} is not one this host gives to jobs")
+        return (self.policy.real(uid),) * 2
 
     def set_uids(self, base: object, count: object) -> None:
         """The daemon's config was changed. Raises Refusal where the shepherd has rights that the daemon has not: only
@@ -219,6 +256,8 @@ class Host:
     def orphans_of(self, step: Step) -> set[int]:
         orphans = {pid for pid in kill.children(os.getpid()) if pid not in self._mains and pid not in self._workers}
         orphans = {pid for pid in orphans if not kill.is_dead(pid)}
+        if not orphans:
+            return orphans
         if step.own_uid is not None:
             return {pid for pid in orphans if step.own_uid in kill.uids(pid)}
         others = {other.own_uid for other in (*self._live.values(), *self._haunted)}
@@ -373,10 +412,10 @@ def _make_directory(parent: int, name: str, owner: tuple[int, int] | None) -> No
         raise NotADirectoryError(20, "is there and not a directory", name)
 
 
-def _remove(state: StateDirectory, top: str, name: str) -> None:
+def _remove(state: StateDirectory, top: str, name: str, most: int | None = None) -> None:
     """By descriptors, so that no symlink leads it out."""
     parent = state.open(top)
     try:
-        remove_tree(parent, name)
+        remove_tree(parent, name, most)
     finally:
         os.close(parent)

@@ -15,10 +15,11 @@ _MS_BIND = 0x1000
 _MS_REC = 0x4000
 _MS_SLAVE = 1 << 19
 
-# Loaded before the first fork: a child between fork and exec does as little as it can.
+# Loaded at the start: a child of a fork does as little as it can.
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 _libc.unshare.argtypes = [ctypes.c_int]
+_libc.setns.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p]
 
 
@@ -46,6 +47,11 @@ def own_mounts() -> None:
     """A mount namespace of its own: mounts made here stay here, the host's later ones still come in."""
     _check(_libc.unshare(_CLONE_NEWNS))
     _check(_libc.mount(None, b"/", None, _MS_REC | _MS_SLAVE, None))
+
+
+def enter_mounts(namespace: int) -> None:
+    """The working directory is that namespace's root then."""
+    _check(_libc.setns(namespace, _CLONE_NEWNS))
 
 
 def bind(source: int, target: str, *, recursive: bool = False) -> None:

@@ -4,6 +4,8 @@
 The job holds its FIFOs open for reading too (O_RDWR), so it gets no SIGPIPE if the shepherd dies. Bytes are spliced:
 they never pass through this process's memory, and none is lost between a read and a write if it is killed.
 
+``out``, ``err`` and ``idx`` are made when there is something to write: most steps of a build say little on one stream.
+
 ``idx`` is a sequence of ``<dqB``: unix time, end offset in its stream's file, and what: 1 out, 2 err, 4 out was cut at
 this offset, 5 err was cut. It is written after the bytes it speaks of; an offset may cover several pieces.
 """
@@ -13,11 +15,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import struct
 import time
 
 from supervisor.shepherd.files import StateDirectory, say
 
+FIFOS = ("fifo.out", "fifo.err")
 RECORD = struct.Struct("<dqB")
 _CUT = 3
 _PIECE = 1 << 20
@@ -27,13 +31,16 @@ _NOW = os.SPLICE_F_NONBLOCK
 
 
 class Channel:
-    """One stream. ``fifo`` is None once every writer has closed it; ``size`` bytes are kept, ``dropped`` were not."""
+    """One stream. ``fifo`` is None once every writer has closed it; ``size`` bytes are kept, ``dropped`` were not.
 
-    def __init__(self, number: int, fifo: int, file: int) -> None:
+    ``file`` is None until there are bytes.
+    """
+
+    def __init__(self, number: int, fifo: int, file: int | None = None) -> None:
         self.number = number
         self.fifo: int | None = fifo
         self.file = file
-        self.size = os.fstat(file).st_size
+        self.size = 0 if file is None else os.fstat(file).st_size
         self.dropped = 0
 
     def close_fifo(self) -> None:
@@ -43,27 +50,31 @@ class Channel:
 
 
 class Output:
-    """Both streams of a step, capped together at ``limit`` bytes: past it they are drained still, and counted."""
+    """Both streams of a step, capped together at ``limit`` bytes: past it they are drained still, and counted.
 
-    def __init__(self, out: Channel, err: Channel, index: int, limit: int) -> None:
+    ``directory`` is the step's, open, and stays so until ``close``.
+    """
+
+    def __init__(self, state: StateDirectory, directory: int, out: Channel, err: Channel, limit: int) -> None:
         self.channels = (out, err)
-        self._index = index
-        self._index_size = os.fstat(index).st_size // RECORD.size * RECORD.size
+        self._state = state
+        self._directory = directory
+        self._index: int | None = None
+        self._index_size = 0
         self._unsaid: list[tuple[float, int, int]] = []
         self._limit = limit
         self._splices = True
-        self._devnull = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        self._devnull: int | None = None
 
     @classmethod
     def make(cls, state: StateDirectory, directory: int, limit: int, reader: int | None) -> tuple[Output, int, int]:
-        """Makes the files, and returns the ends the step gets as its stdout and stderr.
+        """Makes the FIFOs, and returns the ends the step gets as its stdout and stderr.
 
         ``reader``: the step's uid. ``> /dev/stdout`` opens the FIFO anew, with the job's rights.
         """
         opened: list[int] = []
         try:
-            for name in ("out", "err"):
-                fifo = f"fifo.{name}"
+            for fifo in FIFOS:
                 os.mkfifo(fifo, 0o600, dir_fd=directory)
                 flags = os.O_CLOEXEC | os.O_NOFOLLOW
                 # The reading end first: it needs no writer, and it is open before there can be one.
@@ -71,29 +82,36 @@ class Output:
                 opened.append(os.open(fifo, os.O_RDWR | flags, dir_fd=directory))
                 if reader is not None:
                     os.fchown(opened[-1], reader, -1)
-                opened.append(state.create(directory, name))
-            opened.append(state.create(directory, "idx"))
-            out, err = Channel(1, opened[0], opened[2]), Channel(2, opened[3], opened[5])
-            return cls(out, err, opened[6], limit), opened[1], opened[4]
+            return cls(state, directory, Channel(1, opened[0]), Channel(2, opened[2]), limit), opened[1], opened[3]
         except OSError:
             for fd in opened:
                 os.close(fd)
             raise
 
     @classmethod
-    def reopen(cls, directory: int) -> Output | None:
+    def reopen(cls, state: StateDirectory, directory: int) -> Output | None:
         """The output of a step whose shepherd died: takes what is in the FIFOs still. None if it had none."""
         flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        opened: list[int] = []
+        opened: list[int | None] = []
         try:
-            for name, mode in (("fifo.out", os.O_RDONLY), ("out", os.O_WRONLY), ("fifo.err", os.O_RDONLY),
-                               ("err", os.O_WRONLY), ("idx", os.O_RDWR)):  # fmt: skip
-                opened.append(os.open(name, mode | flags, dir_fd=directory))
+            for name in FIFOS:
+                opened.append(os.open(name, os.O_RDONLY | flags, dir_fd=directory))
+            for name, mode in (("out", os.O_WRONLY), ("err", os.O_WRONLY), ("idx", os.O_RDWR)):
+                try:
+                    opened.append(os.open(name, mode | flags, dir_fd=directory))
+                except FileNotFoundError:
+                    opened.append(None)
         except OSError:
             for fd in opened:
-                os.close(fd)
+                if fd is not None:
+                    os.close(fd)
             return None
-        output = cls(Channel(1, opened[0], opened[1]), Channel(2, opened[2], opened[3]), opened[4], 1 << 62)
+        fifo_out, fifo_err, out, err, index = opened
+        assert fifo_out is not None and fifo_err is not None
+        output = cls(state, directory, Channel(1, fifo_out, out), Channel(2, fifo_err, err), 1 << 62)
+        if index is not None:
+            output._index = index
+            output._index_size = os.fstat(index).st_size // RECORD.size * RECORD.size
         output._mend()
         return output
 
@@ -136,9 +154,9 @@ class Output:
         self._write_index()
         for channel in self.channels:
             channel.close_fifo()
-            os.close(channel.file)
-        os.close(self._index)
-        os.close(self._devnull)
+        for fd in (*(channel.file for channel in self.channels), self._index, self._devnull):
+            if fd is not None:
+                os.close(fd)
 
     def _move(self, channel: Channel, fifo: int) -> int:
         """Takes some bytes out of the FIFO; returns how many, 0 at its end. Raises BlockingIOError when there are none
@@ -147,8 +165,13 @@ class Output:
         if channel.dropped or room <= 0:
             return self._drop(channel, fifo)
         try:
+            file = channel.file
+            if file is None:
+                if not _has_bytes(fifo):
+                    return 0
+                file = channel.file = self._state.create(self._directory, "out" if channel.number == 1 else "err")
             if self._splices:
-                count = os.splice(fifo, channel.file, min(room, _PIECE), offset_dst=channel.size, flags=_NOW)
+                count = os.splice(fifo, file, min(room, _PIECE), offset_dst=channel.size, flags=_NOW)
                 channel.size += count
                 return count
         except BlockingIOError:
@@ -159,15 +182,16 @@ class Output:
                 say(f"output: stream {channel.number} is cut: {error}")
                 return self._drop(channel, fifo)
             self._splices = False
-        return self._copy(channel, fifo, min(room, 1 << 16))
+        assert file is not None
+        return self._copy(channel, file, fifo, min(room, 1 << 16))
 
-    def _copy(self, channel: Channel, fifo: int, most: int) -> int:
+    def _copy(self, channel: Channel, file: int, fifo: int, most: int) -> int:
         """For file systems that know no splice. A kill between the read and the write loses what was read."""
         data = os.read(fifo, most)
         kept = 0
         try:
             while kept < len(data):
-                kept += os.pwrite(channel.file, data[kept:], channel.size + kept)
+                kept += os.pwrite(file, data[kept:], channel.size + kept)
         except OSError as error:
             say(f"output: stream {channel.number} is cut: {error}")
         channel.size += kept
@@ -175,6 +199,8 @@ class Output:
         return len(data)
 
     def _drop(self, channel: Channel, fifo: int) -> int:
+        if self._devnull is None:
+            self._devnull = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         count = os.splice(fifo, self._devnull, _PIECE, flags=_NOW) if self._splices else len(os.read(fifo, 1 << 16))
         self._count_dropped(channel, count)
         return count
@@ -195,8 +221,12 @@ class Output:
 
     def _write_index(self) -> None:
         """At a place of its own and not appended: a record torn by a full disk is written over the next time."""
+        if not self._unsaid:
+            return
         data = b"".join(RECORD.pack(*record) for record in self._unsaid)
         with contextlib.suppress(OSError):
+            if self._index is None:
+                self._index = self._state.create(self._directory, "idx")
             if os.pwrite(self._index, data, self._index_size) == len(data):
                 self._index_size += len(data)
                 self._unsaid.clear()
@@ -204,12 +234,13 @@ class Output:
     def _mend(self) -> None:
         """Adds the records of bytes that were spliced and not yet indexed when the shepherd was killed; drops a torn
         one."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._index, self._index_size)
+        if self._index is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._index, self._index_size)
         said = {1: 0, 2: 0}
         cut = set()
         at = 0
-        while at < self._index_size:
+        while self._index is not None and at < self._index_size:
             data = os.pread(self._index, RECORD.size * 4096, at)
             for _, offset, what in RECORD.iter_unpack(data[: len(data) // RECORD.size * RECORD.size]):
                 if what in said:
@@ -222,3 +253,13 @@ class Output:
                 channel.dropped = 1
             if channel.size > said[channel.number]:
                 self._say(channel.size, channel.number)
+
+
+def _has_bytes(fifo: int) -> bool:
+    """False at its end. Raises BlockingIOError when there are none now."""
+    poll = select.poll()
+    poll.register(fifo, select.POLLIN)
+    ready = poll.poll(0)
+    if not ready:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    return bool(ready[0][1] & select.POLLIN)

@@ -18,13 +18,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from supervisor.shepherd.fence import boot_id
 from supervisor.shepherd.files import Refusal, say
 from supervisor.shepherd.host import Host
 from supervisor.shepherd.loop import Loop, now
 from supervisor.shepherd.spec import seconds
 
-PROTOCOL = 1
+PROTOCOL = 2
 SOCKET = "shepherd.sock"
 _LONGEST_LINE = 64 << 10
 _MOST_HINTS = 256 << 10
@@ -146,6 +145,9 @@ class Server:
             case "remove":
                 self._host.remove(request.get("path"), later)
                 return None
+            case "own":
+                self._host.own(request.get("path"), request.get("uid"), later)
+                return None
             case "give_back":
                 self._host.give_back(request.get("path"), later)
                 return None
@@ -170,7 +172,7 @@ class Server:
         return {
             "protocol": PROTOCOL,
             "pid": os.getpid(),
-            "boot_id": boot_id(),
+            "boot_id": self._host.boot_id,
             "started_at": self._started_at,
             **self._uids(),
             "fence_at": self._host.fence.at,

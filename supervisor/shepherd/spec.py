@@ -70,7 +70,6 @@ class StepSpec:
     ids: tuple[int, int] | None
     own_uid: bool
     workspace: tuple[str, ...]
-    own: bool
     timeout: float | None
     grace: float
     max_output: int
@@ -96,7 +95,6 @@ def read_spec(state: StateDirectory, policy: Policy, directory: int) -> StepSpec
         ids=ids,
         own_uid=own_uid,
         workspace=workspace,
-        own=field.flag("own"),
         timeout=field.seconds("timeout"),
         grace=field.seconds("grace") or 0.0,
         max_output=field.whole("max_output") or 0,

@@ -1,8 +1,8 @@
 """The life of one step: running, then closing (its main process is reaped, what it left is killed), then closed.
 
-Standard library only; called by ``host``. The order on disk is what a crash at any point leaves readable: ``started``
-before exec; output drained and ``exit`` before the reap (until then the kernel keeps the status); ``closed`` when
-nothing of the step lives and all of its output is in the files.
+Standard library only; called by ``host``. The order on disk is what a crash at any point leaves readable: ``claim``
+before the process; ``started`` before anyone is told of it; output drained and ``exit`` before the reap (until then
+the kernel keeps the status); ``closed`` when nothing of the step lives and all of its output is in the files.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import contextlib
 import functools
 import os
 import signal
-import socket
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from supervisor.shepherd import kill
-from supervisor.shepherd.fence import boot_id
-from supervisor.shepherd.files import Refusal, StateDirectory, say
+from supervisor.shepherd.files import PromisedFile, Refusal, StateDirectory, say
 from supervisor.shepherd.loop import Loop, now
-from supervisor.shepherd.output import Channel, Output
-from supervisor.shepherd.spawn import read_report, spawn
+from supervisor.shepherd.output import FIFOS, Channel, Output
+from supervisor.shepherd.spawn import CantExecute, Spawner
 from supervisor.shepherd.spec import StepSpec
 
 _CLOSING_TIME = 0.7
 _FIRST_RETRY = 0.002
 _LAST_RETRY = 0.05
 _DISK_RETRY = 1.0
+_STARTED_SIZE = 512
+_LONGEST_ERROR = 2000
 _TERM = (signal.SIGTERM, signal.SIGCONT)
 _KILL = (signal.SIGKILL,)
 
@@ -37,7 +37,8 @@ class Ground(Protocol):
 
     loop: Loop
     state: StateDirectory
-    file_limit: tuple[int, int]
+    spawner: Spawner
+    boot_id: str
 
     def orphans_of(self, step: Step) -> set[int]:
         """Live processes, children of the shepherd now, that came from the step."""
@@ -72,8 +73,6 @@ class Step:
         self._ground = ground
         self._workspace = "/".join((ground.state.path, "work", *spec.workspace))
         self._output: Output
-        self._line: socket.socket
-        self._report: tuple[int, str] | None = None
         self._exit: dict[str, Any] | None = None
         self._exit_written = False
         self._kill_at: float | None = None
@@ -96,59 +95,71 @@ class Step:
     # --- the beginning ---
 
     def start(self) -> None:
-        """Forks it and writes ``started``. Raises Refusal when nothing was run; what was made is taken away again."""
+        """Starts it and writes ``started``, or ``exit`` where its command can't be executed.
+
+        Raises Refusal when nothing was run; what was made is taken away again.
+        """
         made: list[int] = []
+        started = PromisedFile(self._ground.state, self.place.directory, "started", _STARTED_SIZE)
         try:
             reader = self.spec.ids[0] if self.spec.ids else None
-            directory = self.place.directory
-            self._output, *made = Output.make(self._ground.state, directory, self.spec.max_output, reader)
-            self.pid, self._line = spawn(self.spec, self._workspace, made[0], made[1], self._ground.file_limit)
-            self.leader = self.pid
-            self._write_started()
+            self._output, *made = Output.make(self._ground.state, self.place.directory, self.spec.max_output, reader)
+            started.reserve()
+            self.pid = self._ground.spawner.spawn(self.spec, self._workspace, made[0], made[1])
+        except CantExecute as fault:
+            started.drop()
+            self._end_unstarted(fault)
+            return
         except OSError as error:
+            started.drop()
             self._undo()
             problem = f"the step could not be started: {error.strerror}: {error.filename or 'fork'}"
             raise Refusal("failed", problem) from error
         finally:
             for fd in made:
                 os.close(fd)
-        with contextlib.suppress(OSError):
-            self._line.send(b"!")
+        self.leader = self.pid
         self._watch()
+        try:
+            started.write(self._started(self.pid))
+        except OSError as error:
+            # Its room was there before: a disk that is broken, then. It runs, so it can't be refused any more.
+            say(f"{self.place.path}: started can't be written: {error}")
+            self.abandon()
 
-    def _write_started(self) -> None:
-        assert self.pid is not None
+    def _started(self, pid: int) -> dict[str, Any]:
         at = now()
-        self._ground.state.write_json(
-            self.place.directory,
-            "started",
-            {
-                "pid": self.pid,
-                "start_time": kill.start_time(self.pid),
-                "boot_id": boot_id(),
-                "at": self.started_at,
-                "at_boot": at,
-                "private_tmp": self.spec.private_tmp,
-            },
-        )
         if self.spec.timeout is not None:
             self._ground.loop.at(at + self.spec.timeout, self._on_timeout)
+        return {
+            "pid": pid,
+            "start_time": kill.start_time(pid),
+            "boot_id": self._ground.boot_id,
+            "at": self.started_at,
+            "at_boot": at,
+            "private_tmp": self.spec.private_tmp,
+        }
+
+    def _end_unstarted(self, fault: CantExecute) -> None:
+        """Its end is told once its start was."""
+        error = str(fault).encode(errors="replace").decode()[:_LONGEST_ERROR]
+        self._exit = {"exit_code": fault.code, "signal": None, "at": time.time(), "cause": "exec", "error": error}
+        self._exit.update(self._output.counts(), output_closed=True)
+        self._closing_since = now()
+        self._ground.loop.at(now(), self._on_unstarted)
+
+    def _on_unstarted(self) -> None:
+        self._write_exit()
+        self.close()
 
     def _undo(self) -> None:
-        if self.pid is not None:
-            self._line.close()
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            self.pid = None
         if hasattr(self, "_output"):
             self._output.close()
-        for name in ("fifo.out", "fifo.err", "out", "err", "idx", "started"):
+        for name in FIFOS:
             with contextlib.suppress(OSError):
                 os.unlink(name, dir_fd=self.place.directory)
 
     def _watch(self) -> None:
-        self._ground.loop.watch(self._line.fileno(), self._on_report)
         for channel in self._output.channels:
             if channel.fifo is not None:
                 self._ground.loop.watch(channel.fifo, functools.partial(self._on_output, channel))
@@ -158,12 +169,6 @@ class Step:
         self._output.pump(channel)
         if channel.fifo is None and fifo is not None:
             self._ground.loop.unwatch(fifo)
-
-    def _on_report(self) -> None:
-        if self._line.fileno() >= 0:
-            self._ground.loop.unwatch(self._line.fileno())
-            self._report = read_report(self._line)
-            self._line.close()
 
     # --- being ended ---
 
@@ -205,9 +210,6 @@ class Step:
 
     def _signal(self, numbers: tuple[signal.Signals, ...]) -> None:
         if self.own_uid is not None:
-            # Before the change of uid, and only then, the main process is not of the job's uid.
-            if self.pid is not None and self.own_uid not in kill.uids(self.pid):
-                kill.send({self.pid}, signal.SIGKILL)
             kill.send_uid(self.own_uid, numbers)
             return
         found = kill.tree(({self.pid} if self.pid else set()) | self._ground.orphans_of(self))
@@ -227,7 +229,6 @@ class Step:
 
     def exited(self, info: os.waitid_result) -> None:
         """The main process is dead and not yet reaped: takes what it wrote, and writes down how it ended."""
-        self._on_report()
         self._drain()
         ended_itself = info.si_code == os.CLD_EXITED
         self._exit = {
@@ -237,9 +238,6 @@ class Step:
             "cause": self.cause,
             "error": None,
         }
-        if self._report is not None and ended_itself:
-            code, problem = self._report
-            self._exit.update(exit_code=code, error=problem, cause=self.cause or "exec")
         self._exit.update(self._output.counts(), output_closed=not self._output.is_open)
         self._write_exit()
 
@@ -308,7 +306,7 @@ class Step:
         record |= {**self._output.counts(), "output_closed": not self._output.is_open}
         try:
             self._ground.state.write_json(self.place.directory, "closed", record)
-            for name in ("fifo.out", "fifo.err"):
+            for name in FIFOS:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=self.place.directory)
         except OSError as error:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from supervisor.shepherd import kill
 from supervisor.shepherd.fence import boot_id
 from supervisor.shepherd.files import Refusal, StateDirectory, exists, read_json, say
-from supervisor.shepherd.output import Output
+from supervisor.shepherd.output import FIFOS, Output
 from supervisor.shepherd.spec import Policy
 
 _PATIENCE = 5.0
@@ -74,13 +74,13 @@ def _find(state: StateDirectory, policy: Policy, by_uid: bool) -> list[_Left]:
             with contextlib.suppress(Refusal):
                 at = state.open("runs", run, index)
                 if exists(at, "claim") and not exists(at, "closed"):
-                    left.append(_read(f"{state.path}/runs/{run}/{index}", at, policy, by_uid))
+                    left.append(_read(state, f"{state.path}/runs/{run}/{index}", at, policy, by_uid))
                 else:
                     os.close(at)
     return left
 
 
-def _read(path: str, directory: int, policy: Policy, by_uid: bool) -> _Left:
+def _read(state: StateDirectory, path: str, directory: int, policy: Policy, by_uid: bool) -> _Left:
     try:
         spec = read_json(directory, "spec") or {}
         started = read_json(directory, "started") or {}
@@ -99,7 +99,7 @@ def _read(path: str, directory: int, policy: Policy, by_uid: bool) -> _Left:
         token=str(spec.get("token") or ""),
         pid=pid if same_boot and isinstance(pid, int) else 0,
         start_time=start_time if isinstance(start_time, int) else 0,
-        output=Output.reopen(directory),
+        output=Output.reopen(state, directory),
     )
 
 
@@ -142,7 +142,7 @@ def _close(state: StateDirectory, each: _Left) -> None:
         each.output.close()
     try:
         state.write_json(each.directory, "closed", record)
-        for name in ("fifo.out", "fifo.err"):
+        for name in FIFOS:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=each.directory)
     except OSError as error:

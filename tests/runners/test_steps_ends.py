@@ -43,13 +43,14 @@ class FileShepherd:
     def on_hint(self, tell: Hint) -> None:
         self.hint = tell
 
-    async def start_step(self, step_dir: Path) -> None:
+    async def start_step(self, step_dir: Path) -> float | None:
         self.starts += 1
         (step_dir / "claim").touch()
         if self.process is not None:
             write_json_atomic(step_dir / "started", self.process)
         if self.fails:
             raise RunnerError("the shepherd did not answer")
+        return None
 
     async def stop_run(self, run_dir: Path, grace: float, kill: bool) -> bool:
         return self.stops.pop(0) if self.stops else True
@@ -57,9 +58,11 @@ class FileShepherd:
     async def make_workspace(self, path: Path, uid: int | None) -> None:
         await anyio.Path(path).mkdir(parents=True, exist_ok=True)
 
+    async def own(self, path: Path, uid: int | None) -> None: ...
+
     async def give_back(self, path: Path) -> None: ...
 
-    async def remove(self, path: Path) -> None: ...
+    async def remove(self, *paths: Path) -> None: ...
 
     async def status(self) -> dict[str, object]:
         return {"live": self.live}
@@ -250,7 +253,7 @@ async def test_a_start_that_the_fence_forbids_is_the_host_s_fault(short_tmp: Pat
     """It ends like work that the fence ended, not as a command that can't be started: the job's budget is its own."""
 
     class Fenced(FileShepherd):
-        async def start_step(self, step_dir: Path) -> None:
+        async def start_step(self, step_dir: Path) -> float | None:
             raise Refused("fence", "the fence has passed")
 
     runner = StepsRunner(short_tmp, Fenced(), StepsSettings())

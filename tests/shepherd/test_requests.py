@@ -73,7 +73,6 @@ def test_only_the_hosts_uids_are_given(uid_yard: Yard, uid: object) -> None:
         ("token", None),
         ("workspace", None),
         ("private_tmp", "yes"),
-        ("own", 1),
     ],
 )
 def test_a_wrong_spec_is_refused_by_field(shared_yard: Yard, field: str, value: object) -> None:
@@ -189,7 +188,7 @@ def test_status_says_what_runs_and_what_is_absent(yard: Yard) -> None:
     step = yard.start("echo $$ > $WORDS; read x < $GO")
     pid = int(yard.word())
     status = yard.link.ask(do="status")
-    assert status["protocol"] == 1 and status["pid"] == yard.pid
+    assert status["protocol"] == 2 and status["pid"] == yard.pid
     (live,) = status["live"]
     assert (live["dir"], live["pid"], live["state"], live["uid"]) == (
         str(step),
@@ -292,7 +291,7 @@ def test_it_leaves_when_nobody_needs_it(make_yard: Callable[..., Yard]) -> None:
     yard.word()
     yard.link.close()
     # Longer than it lingers: a live step keeps it, without any client.
-    ended = yard.start("sleep 0.5", index=1)
+    ended = yard.start("sleep 0.5", run="r-2", number=1)
     yard.ended(ended)
     yard.link.close()
     assert children(shepherd) != []

@@ -100,7 +100,8 @@ def test_own_gives_the_tree_to_the_job_but_no_file_with_another_name(uid_yard: Y
     (src / "linked").hardlink_to(mirrored)
     (src / "out").symlink_to(mirrored)
     (src / "outdir").symlink_to(uid_yard.state / "runs")
-    ended = uid_yard.run("cat linked; touch deep/new", own=True)
+    assert uid_yard.link.ask(do="own", path=str(workspace), uid=uid_yard.uid())["ok"]
+    ended = uid_yard.run("cat linked; touch deep/new")
     assert ended.how == (0, None, None)
     assert ended.out == b"shared"
     assert {path.lstat().st_uid for path in (workspace, src, src / "deep" / "file", src / "out", src / "outdir")} == {

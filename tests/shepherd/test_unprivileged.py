@@ -29,7 +29,7 @@ def test_it_says_what_is_absent(plain_yard: Yard) -> None:
 
 
 def test_a_step_runs_as_the_same_uid_with_tmpdir_for_tmp(plain_yard: Yard) -> None:
-    ended = plain_yard.run("id -u; echo $TMPDIR; exit 2", private_tmp=True, own=True)
+    ended = plain_yard.run("id -u; echo $TMPDIR; exit 2", private_tmp=True)
     assert ended.how == (2, None, None)
     assert ended.out.decode().split() == [str(SOMEONE), f"{plain_yard.state}/work/r-1/tmp"]
     assert '"private_tmp":false' in (ended.step / "started").read_text()

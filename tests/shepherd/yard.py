@@ -235,7 +235,8 @@ class Ended:
         if (step / "exit").exists():
             self.exit = json.loads((step / "exit").read_text())
         self.closed: dict[str, Any] = json.loads((step / "closed").read_text())
-        self.index = list(RECORD.iter_unpack((step / "idx").read_bytes()))
+        index = step / "idx"
+        self.index = list(RECORD.iter_unpack(index.read_bytes() if index.exists() else b""))
         self._check_index()
 
     @property
