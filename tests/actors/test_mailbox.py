@@ -99,6 +99,43 @@ async def test_an_ask_that_was_given_up_is_not_handed_out() -> None:
     assert await box.receive() == "d"
 
 
+async def test_each_ask_has_a_deadline_of_its_own() -> None:
+    """Those that share a mailbox share a timer: a later ask may be over first, and one that is answered delays none."""
+    box: Mailbox[str] = Mailbox("m")
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    ended: dict[float, tuple[str, float]] = {}
+
+    async def ask(timeout: float) -> None:
+        outcome = await _outcome(box, timeout)
+        ended[timeout] = (outcome, loop.time() - began)
+
+    async with asyncio.TaskGroup() as tasks:
+        for timeout in (5.0, 1.0, 3.0, 2.0):
+            tasks.create_task(ask(timeout))
+        await asyncio.sleep(1.5)
+        item = await box.receive()
+        assert isinstance(item, Ask)
+        item.answer(0)
+    assert ended == {
+        5.0: ("answered", pytest.approx(1.5)),
+        1.0: ("timeout", pytest.approx(1)),
+        3.0: ("timeout", pytest.approx(3)),
+        2.0: ("timeout", pytest.approx(2)),
+    }
+
+
+async def test_an_ask_after_a_crash_has_its_deadline_too() -> None:
+    """The actor crashed and another reads on: what is asked from then on is waited for as ever."""
+    box: Mailbox[str] = Mailbox("m")
+    async with asyncio.TaskGroup() as tasks:
+        first = tasks.create_task(_outcome(box, 1000))
+        await asyncio.sleep(1)
+        box.fail_unanswered()
+        second = tasks.create_task(_outcome(box, 2))
+    assert (first.result(), second.result()) == ("gone", "timeout")
+
+
 async def test_asks_are_bounded_too() -> None:
     box: Mailbox[str] = Mailbox("m", control=1)
     box.tell("c", Lane.CONTROL)
