@@ -6,6 +6,7 @@ May import ``model``. Called by the log book. A copy that goes is still in the d
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -22,12 +23,12 @@ class _Copy(NamedTuple):
     log: Path
 
 
-def disk_size(path: Path) -> int:
+def disk_size(path: str | Path) -> int:
     """Bytes on disk of a copy, its index included: many logs are short, and blocks are what fills a disk."""
     size = 0
     for suffix in (".log", ".idx"):
         with contextlib.suppress(FileNotFoundError):
-            size += path.with_suffix(suffix).stat().st_blocks * 512
+            size += os.stat(f"{path}{suffix}").st_blocks * 512
     return size
 
 

@@ -1,6 +1,7 @@
 """The redacted copy of an attempt's log on this host: two files, written by one pump and read by anyone here.
 
-May import ``model``. The transcript writes it, the shipper and the readers read it.
+May import ``model``. The transcript writes it, the shipper and the readers read it. There is none until there is
+something to write: most jobs that are over in milliseconds say nothing, and to create files is what a log costs most.
 
 ``<attempt>.log`` holds the bytes. ``<attempt>.idx`` is a header with the lease's id, then entries of fixed size: one
 for each piece of the log, with the state of the transcript behind it. So the index is its own checkpoint: bytes go to
@@ -11,6 +12,7 @@ marked as a commit, with all that came later cut off. What is not committed was 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import enum
 import os
 import struct
@@ -108,15 +110,27 @@ def _write_all(descriptor: int, data: bytes, position: int) -> None:
         position += written
 
 
+def make_directory(path: str) -> None:
+    """For the owner alone, and so the one above it."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.dirname(path), 0o700)
+        os.mkdir(path, 0o700)
+
+
 class LocalWriter:
     """Writes one local copy. Not safe for threads: the transcript holds a lock over it. Raises OSError (disk full …).
 
     ``add`` and ``commit`` only collect; ``flush`` writes. A flush that failed is repeated whole by the next one.
+    ``path`` is the copy's, without a suffix.
     """
 
-    def __init__(self, path: Path, lease: LeaseId) -> None:
-        self._log = path.with_suffix(".log")
-        self._idx = path.with_suffix(".idx")
+    def __init__(self, path: str | Path, lease: LeaseId) -> None:
+        self._log, self._idx = f"{path}.log", f"{path}.idx"
         self._data: list[bytes] = []
         self._entries: list[_Entry] = []
         self._committed = 0
@@ -124,51 +138,58 @@ class LocalWriter:
         self.size = 0
         self.entries = 0
         self.at = 0.0
+        self.is_begun = False
         self._last_byte = b"\n"
         self._header = (_MAGIC + str(lease).encode()).ljust(HEADER_SIZE, b"\0")
 
     def open(self) -> tuple[State, bool]:
-        """Takes up the copy behind its last commit, or begins one; (state, whether it is new)."""
-        self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        log = os.open(self._log, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Takes up the copy behind its last commit; (state, whether there was none). Cheap where there is none."""
         try:
-            idx = os.open(self._idx, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                return self._resume(log, idx) or self._begin(log, idx)
-            finally:
-                os.close(idx)
+            idx = os.open(self._idx, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return State(), True
+        try:
+            state = self._resume(idx)
         finally:
-            os.close(log)
-
-    def _begin(self, log: int, idx: int) -> tuple[State, bool]:
-        # A copy of another lease under this name is from another database: job ids begin anew there.
-        os.ftruncate(idx, 0)
-        os.ftruncate(log, 0)
-        _write_all(idx, self._header, 0)
+            os.close(idx)
+        if state is not None:
+            self.is_begun = True
+            return state, False
+        # A copy of another lease under this name is from another database: job ids begin anew there. Its index goes
+        # first: without it the other file is nothing.
+        for path in (self._idx, self._log):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         return State(), True
 
-    def _resume(self, log: int, idx: int) -> tuple[State, bool] | None:
+    def _resume(self, idx: int) -> State | None:
         if os.pread(idx, HEADER_SIZE, 0) != self._header:
             return None
-        log_size = os.fstat(log).st_size
-        count = (os.fstat(idx).st_size - HEADER_SIZE) // _ENTRY.size
-        while count > 0:
-            raw = os.pread(idx, _ENTRY.size, HEADER_SIZE + (count - 1) * _ENTRY.size)
-            entry = _Entry._make(_ENTRY.unpack(raw))
-            # After a power failure the index may be ahead of the log.
-            if entry.flags & Flag.COMMIT and entry.end <= log_size:
-                break
-            count -= 1
-        else:
+        try:
+            log = os.open(self._log, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
             return None
-        os.ftruncate(idx, HEADER_SIZE + count * _ENTRY.size)
-        os.ftruncate(log, entry.end)
+        try:
+            log_size = os.fstat(log).st_size
+            count = (os.fstat(idx).st_size - HEADER_SIZE) // _ENTRY.size
+            while count > 0:
+                raw = os.pread(idx, _ENTRY.size, HEADER_SIZE + (count - 1) * _ENTRY.size)
+                entry = _Entry._make(_ENTRY.unpack(raw))
+                # After a power failure the index may be ahead of the log.
+                if entry.flags & Flag.COMMIT and entry.end <= log_size:
+                    break
+                count -= 1
+            else:
+                return None
+            os.ftruncate(idx, HEADER_SIZE + count * _ENTRY.size)
+            os.ftruncate(log, entry.end)
+            if entry.end:
+                self._last_byte = os.pread(log, 1, entry.end - 1)
+        finally:
+            os.close(log)
         self.size, self.entries, self.at = entry.end, count, entry.at
-        if entry.end:
-            self._last_byte = os.pread(log, 1, entry.end - 1)
         flags = Flag(entry.flags) & ~(Flag.COMMIT | Flag.LEFT_OUT | Flag.CLOSED)
-        state = State(entry.active, entry.raw_out, entry.raw_err, entry.size, entry.records, entry.notes, flags)
-        return state, False
+        return State(entry.active, entry.raw_out, entry.raw_err, entry.size, entry.records, entry.notes, flags)
 
     @property
     def is_flushed(self) -> bool:
@@ -203,22 +224,27 @@ class LocalWriter:
         self._committed = len(self._entries)
 
     def flush(self) -> bool:
-        """Writes what was collected; whether there was anything."""
+        """Writes what was collected; whether there was anything. The first time it makes the files."""
         if not self._entries:
             return False
-        if self._data:
-            self._write(self._log, b"".join(self._data), self.size)
         packed = b"".join(_ENTRY.pack(*entry) for entry in self._entries)
-        self._write(self._idx, packed, HEADER_SIZE + self.entries * _ENTRY.size)
+        place = HEADER_SIZE + self.entries * _ENTRY.size
+        if not self.is_begun:
+            make_directory(os.path.dirname(self._log))
+            packed, place = self._header + packed, 0
+        if self._data or not self.is_begun:
+            self._write(self._log, b"".join(self._data), self.size)
+        self._write(self._idx, packed, place)
+        self.is_begun = True
         self.size, self.at = self._entries[-1].end, self._entries[-1].at
         self.entries += len(self._entries)
         self._data, self._entries, self._committed, self.collected = [], [], 0, 0
         return True
 
-    @staticmethod
-    def _write(path: Path, data: bytes, position: int) -> None:
+    def _write(self, path: str, data: bytes, position: int) -> None:
         # Opened for each write: a host may run more jobs than it may hold descriptors.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        flags = os.O_WRONLY | os.O_CLOEXEC | (0 if self.is_begun else os.O_CREAT | os.O_TRUNC)
+        descriptor = os.open(path, flags, 0o600)
         try:
             _write_all(descriptor, data, position)
         finally:
@@ -228,14 +254,15 @@ class LocalWriter:
 class LocalCopy:
     """Reads a local copy, also while it is being written. Raises FileNotFoundError when there is none (any more)."""
 
-    def __init__(self, path: Path) -> None:
-        self._log = path.with_suffix(".log")
-        self._idx = path.with_suffix(".idx")
+    __slots__ = ("_idx", "_log")
+
+    def __init__(self, path: str | Path) -> None:
+        self._log, self._idx = f"{path}.log", f"{path}.idx"
 
     def is_closed(self) -> bool:
         """Whether the copy is whole: its attempt was closed."""
         try:
-            with self._idx.open("rb") as file:
+            with open(self._idx, "rb", buffering=0) as file:
                 count = self._count(file.fileno())
                 return count > 0 and bool(self._entry(file.fileno(), count - 1).flags & Flag.CLOSED)
         except FileNotFoundError:
@@ -243,7 +270,7 @@ class LocalCopy:
 
     def lease(self) -> str:
         """The id of the lease whose log this is; empty if unreadable."""
-        with self._idx.open("rb") as file:
+        with open(self._idx, "rb") as file:
             header = file.read(HEADER_SIZE)
         return header[len(_MAGIC) :].rstrip(b"\0").decode("ascii", "replace") if header.startswith(_MAGIC) else ""
 
@@ -253,7 +280,7 @@ class LocalCopy:
         ``to_store``: pieces that are left out of the database come whole and count nothing; they will not be read.
         """
         found: list[Piece] = []
-        with self._idx.open("rb") as file:
+        with open(self._idx, "rb", buffering=0) as file:
             idx = file.fileno()
             count = self._count(idx)
             if cursor.entry < 0:
@@ -279,7 +306,7 @@ class LocalCopy:
 
     def read(self, pieces: list[Piece]) -> list[bytes]:
         """The bytes of pieces."""
-        with self._log.open("rb", buffering=0) as file:
+        with open(self._log, "rb", buffering=0) as file:
             return [os.pread(file.fileno(), piece.length, piece.offset) for piece in pieces]
 
     @staticmethod

@@ -3,9 +3,9 @@
 May import ``model`` and the ports. Made by ``app``, which runs ``run`` as a service; job actors use it as ``LogSink``,
 the control actor as ``LogReader``.
 
-Two loops serve all attempts, so one costs no task. The *pump* looks at the attempts with a live step (the others cost
-nothing) some twenty times a second and at once when told, and takes at most a slice of each in turn. The *shipper*
-sends what is new in batches. All work on files is done in threads, in bounded pieces; the disk is the only queue.
+Two loops serve all attempts, so one costs no task: the *pump* brings their logs on, the *shipper* sends what is new in
+batches. All work on bytes is done in threads, in bounded pieces; the disk is the only queue. A log in which nothing is
+written has no file, no row and no thread's time: an attempt that says nothing costs a few looks at the disk.
 
 On disk, under the state directory: ``runs/<lease>/redaction`` (0600; what was pinned at ``open``: secrets and caps, so
 that a daemon that comes back redacts alike; it goes with the handle), ``runs/<lease>/notes``, and
@@ -15,63 +15,32 @@ that a daemon that comes back redacts alike; it goes with the handle), ``runs/<l
 from __future__ import annotations
 
 import logging
-import os
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import anyio
-import msgspec
 from anyio import CapacityLimiter, to_thread
 
-from supervisor.model.errors import RunnerError, StoreUnavailable
+from supervisor.model.errors import RunnerError
 from supervisor.model.job import Lease, LeaseId, LogRecord, Stream
 from supervisor.model.logs import format_size
 from supervisor.model.redaction import SecretSet, secret_values
 from supervisor.ports import LogStore, Plan
+from supervisor.sinks import pinned
 from supervisor.sinks.budget import disk_size, keep_within
 from supervisor.sinks.local import LocalCopy, LocalWriter
+from supervisor.sinks.pinned import Pinned
+from supervisor.sinks.pump import OpenLog, Pump
 from supervisor.sinks.reader import LogFiles, Where, read_log
 from supervisor.sinks.shipper import Shipment, Shipper
-from supervisor.sinks.transcript import SLICE, Limits, Transcript
+from supervisor.sinks.transcript import Limits, Transcript, names_in
 
-PUMP_INTERVAL = 0.05
-SHIP_INTERVAL = 0.1
 FOLLOW_INTERVAL = 0.15
-_LONGEST_PAUSE = 5.0
-_TURN = 4 * SLICE
-"""Raw bytes the pump takes before it says what is new, over all attempts."""
 
 log = logging.getLogger(__name__)
-
-
-class _Pinned(msgspec.Struct, frozen=True):
-    values: list[tuple[bytes, bytes]]
-    disk: int
-    database: int
-
-
-class _OpenLog(msgspec.Struct, eq=False):
-    """An attempt that is open. ``grown`` is set, and replaced, at each change; ``problem``: why it does not get on."""
-
-    lease: LeaseId
-    path: Path
-    transcript: Transcript
-    shipment: Shipment
-    secrets: SecretSet
-    grown: anyio.Event
-    problem: str | None = None
-
-    @property
-    def is_complete(self) -> bool:
-        shipment, transcript = self.shipment, self.transcript
-        is_stored = shipment.is_refused or (shipment.stored is not None and shipment.stored >= transcript.size)
-        return transcript.is_settled and is_stored
-
-    def tell(self) -> None:
-        self.grown.set()
-        self.grown = anyio.Event()
 
 
 class LogBook:
@@ -90,33 +59,32 @@ class LogBook:
         pause: Callable[[float], Awaitable[None]] = anyio.sleep,
         rng: random.Random | None = None,
     ) -> None:
-        self._runs = state / "runs"
-        self._logs = state / "logs"
+        self._runs, self._logs = str(state / "runs"), str(state / "logs")
         self._store = store
         self._host_secrets = dict(host_secrets or {})
         self._host_set = SecretSet(secret_values({}, {}, self._host_secrets))
         self._limits = Limits(max_disk, max_database)
+        self._host_pin = Pinned(list(self._host_set.values.items()), max_disk, max_database)
         self._keep_local = keep_local
         self._clock = clock
         self._pause = pause
-        self._rng = rng or random.Random()
-        self._open: dict[LeaseId, _OpenLog] = {}
-        self._by_attempt: dict[tuple[int, int], _OpenLog] = {}
-        self._watched: dict[LeaseId, _OpenLog] = {}
-        self._told = anyio.Event()
-        self._shipper = Shipper(store, self._on_moved)
+        self._host_pinned: str | None = None
+        self._open: dict[LeaseId, OpenLog] = {}
+        self._by_attempt: dict[tuple[int, int], OpenLog] = {}
+        self._pump = Pump(self._on_advanced)
+        self._shipper = Shipper(
+            store, self._on_moved, lambda: self._pump.is_behind, pause, rng if rng is not None else random.Random()
+        )
         self._files = LogFiles(self._path_of)
-        self._pump_thread = CapacityLimiter(1)
         self._file_threads = CapacityLimiter(4)
         self._keeping = anyio.Lock()
         self._kept: int | None = None
-        self._store_failures = 0
 
     async def run(self) -> None:
         """Serves until it is canceled. What is open stays as it is on disk, to be opened again."""
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._pump, name="log pump")
-            tasks.start_soon(self._ship, name="log shipper")
+            tasks.start_soon(self._pump.run, name="log pump")
+            tasks.start_soon(self._shipper.run, name="log shipper")
 
     # --- LogSink ---------------------------------------------------------------------------------------------------
 
@@ -124,33 +92,32 @@ class LogBook:
         """Raises RunnerError when the disk does not let it. ``plan`` is not needed: steps are found on disk."""
         if lease.id in self._open:
             return
-        path = self._path_of(lease.job, lease.attempt)
         try:
-            secrets, transcript, is_new = await to_thread.run_sync(
-                self._open_files, lease, path, limiter=self._file_threads
-            )
+            found = names_in(f"{self._runs}/{lease.id}")
+            if self._is_plain(lease, found):
+                entry, is_new = self._open_files(lease, found, self._host_pin if self._host_set else None)
+            else:
+                entry, is_new = await to_thread.run_sync(self._open_pinned, lease, found, limiter=self._file_threads)
         except OSError as error:
             raise RunnerError(f"the log can't be opened: {error.strerror or error}") from error
         if lease.id in self._open:
             return
-        shipment = Shipment(
-            lease=lease.id, job=lease.job, attempt=lease.attempt, copy=LocalCopy(path), stored=0 if is_new else None
-        )
-        shipment.cursor.entry = 0 if is_new else -1
-        entry = _OpenLog(lease.id, path, transcript, shipment, secrets, anyio.Event())
+        shipment = entry.shipment
+        shipment.stored, shipment.cursor.entry = (0, 0) if is_new else (None, -1)
         self._open[lease.id] = self._by_attempt[lease.job, lease.attempt] = entry
-        self._shipper.tell(shipment, transcript.entries)
-        self._watch(entry)
+        self._shipper.tell(shipment, entry.transcript.entries)
+        if not entry.transcript.is_settled:
+            self._pump.tell(entry)
 
     def step_started(self, lease: LeaseId, step: int) -> None:
         if entry := self._open.get(lease):
             entry.transcript.begin(step)
-            self._watch(entry)
+            self._pump.watch(entry)
 
     def step_ended(self, lease: LeaseId, step: int) -> None:
         if entry := self._open.get(lease):
             entry.transcript.end(step)
-            self._watch(entry)
+            self._bring_on(entry)
 
     async def note(self, lease: LeaseId, step: int, text: str) -> None:
         """On disk when this returns. Raises RunnerError when the disk does not let it."""
@@ -159,28 +126,32 @@ class LogBook:
                 await to_thread.run_sync(entry.transcript.note, step, text, self._clock(), limiter=self._file_threads)
             except OSError as error:
                 raise RunnerError(f"the note can't be written: {error.strerror or error}") from error
-            self._watch(entry)
+            self._pump.tell(entry)
 
     async def complete(self, lease: LeaseId) -> int:
         """Called when no step runs any more: one whose end was not told is taken as ended."""
         entry = self._open.get(lease)
         if entry is None:
             return 0
-        entry.transcript.end_all()
-        self._watch(entry)
+        entry.is_awaited = True
+        if not entry.transcript.is_settled:
+            entry.transcript.end_all()
+            self._bring_on(entry)
         while not entry.is_complete and lease in self._open:
-            await entry.grown.wait()
+            self._shipper.hurry()
+            await entry.grown().wait()
         return entry.transcript.size
 
     async def close(self, lease: LeaseId) -> None:
         entry = self._open.pop(lease, None)
         if entry is None:
             return
-        self._watched.pop(lease, None)
+        self._pump.forget(entry)
         self._shipper.forget(entry.shipment)
         try:
-            await to_thread.run_sync(entry.transcript.close, self._clock(), limiter=self._file_threads)
-            await self._keep_within(entry)
+            if not entry.transcript.close_silent():
+                size = await to_thread.run_sync(self._close_files, entry, limiter=self._file_threads)
+                await self._keep_within(size)
         except OSError as error:
             log.warning("log of job %s could not be closed: %s", entry.shipment.job, error)
         finally:
@@ -218,7 +189,7 @@ class LogBook:
 
     def _growth(self, job: int, attempt: int) -> anyio.Event | None:
         entry = self._by_attempt.get((job, attempt))
-        return entry.grown if entry else None
+        return entry.grown() if entry else None
 
     # --- for ``status`` --------------------------------------------------------------------------------------------
 
@@ -238,123 +209,106 @@ class LogBook:
             for entry in self._open.values()
             if entry.problem
         ]
-        if self._store_failures and self.backlog:
+        if self._shipper.failures and self.backlog:
             found.append(f"{format_size(self.backlog)} of logs wait on disk for the database")
         return found
 
-    # --- the pump --------------------------------------------------------------------------------------------------
+    # --- the pump and the shipper ----------------------------------------------------------------------------------
 
-    def _watch(self, entry: _OpenLog) -> None:
-        self._watched[entry.lease] = entry
-        self._told.set()
+    def _bring_on(self, entry: OpenLog) -> None:
+        """At once if nothing was written, which costs less than to ask the pump."""
+        if entry.transcript.settle_silent():
+            self._pump.forget(entry)
+            self._on_advanced(entry)
+        else:
+            self._pump.tell(entry)
 
-    async def _pump(self) -> None:
-        while True:
-            self._told = told = anyio.Event()
-            if await self.pump_once():
-                continue
-            with anyio.move_on_after(PUMP_INTERVAL if self._watched else None):
-                await told.wait()
-
-    async def pump_once(self) -> bool:
-        """One look at every watched attempt; whether there is more to do at once."""
-        waiting = list(self._watched.values())
-        more = False
-        while waiting:
-            done = await to_thread.run_sync(_advance, waiting, limiter=self._pump_thread)
-            for entry, has_more in zip(waiting, done, strict=False):
-                more |= has_more
-                if entry.shipment.entries < entry.transcript.entries or entry.transcript.is_settled:
-                    self._shipper.tell(entry.shipment, entry.transcript.entries)
-                    entry.tell()
-                if entry.transcript.is_settled:
-                    self._watched.pop(entry.lease, None)
-            waiting = waiting[len(done) :]
-        return more
-
-    # --- the shipper -----------------------------------------------------------------------------------------------
-
-    async def _ship(self) -> None:
-        while True:
-            await self._shipper.wait()
-            try:
-                moved = await self.ship_once()
-            except StoreUnavailable as error:
-                if self._store_failures == 0:
-                    log.warning("logs wait on disk for the database: %s", error)
-                self._store_failures += 1
-                longest = min(_LONGEST_PAUSE, SHIP_INTERVAL * 2 ** min(self._store_failures, 10))
-                await self._pause(longest * self._rng.uniform(0.5, 1.0))
-                continue
-            self._store_failures = 0
-            if not (moved and self._shipper.has_more):
-                await self._pause(SHIP_INTERVAL)
-
-    async def ship_once(self) -> bool:
-        """Ships a batch; whether there was one. Raises StoreUnavailable."""
-        return await self._shipper.ship_once()
+    def _on_advanced(self, entry: OpenLog) -> None:
+        is_settled = entry.transcript.is_settled
+        if is_settled or entry.shipment.entries < entry.transcript.entries:
+            self._shipper.tell(entry.shipment, entry.transcript.entries)
+            if entry.is_awaited and is_settled:
+                self._shipper.hurry()
+            entry.tell()
 
     def _on_moved(self, shipment: Shipment) -> None:
         if entry := self._open.get(shipment.lease):
             entry.tell()
 
+    async def pump_once(self) -> bool:
+        """One look at every attempt with something to do; whether there is more to do at once."""
+        return await self._pump.look()
+
+    async def ship_once(self) -> bool:
+        """Ships a batch; whether there was one. Raises StoreUnavailable."""
+        return await self._shipper.ship_once()
+
     # --- files -----------------------------------------------------------------------------------------------------
 
-    def _path_of(self, job: int, attempt: int) -> Path:
-        return self._logs / str(job) / str(attempt)
+    def _path_of(self, job: int, attempt: int) -> str:
+        return f"{self._logs}/{job}/{attempt}"
 
-    def _open_files(self, lease: Lease, path: Path) -> tuple[SecretSet, Transcript, bool]:
-        run = self._runs / str(lease.id)
-        run.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._logs.mkdir(mode=0o700, exist_ok=True)
-        pinned = self._pin(run / "redaction", lease)
-        secrets = SecretSet(dict(pinned.values))
-        transcript = Transcript(run, LocalWriter(path, lease.id), secrets, Limits(pinned.disk, pinned.database))
-        return secrets, transcript, transcript.open()
+    def _is_plain(self, lease: Lease, found: list[str]) -> bool:
+        """Whether opening it is only a few looks at the disk: there is nothing to pin but what is pinned for another
+        attempt (now it is for this one too). ``found``: the names in its run's directory."""
+        if lease.secrets or lease.redact or "redaction" in found:
+            return False
+        if not self._host_set:
+            return True
+        run = f"{self._runs}/{lease.id}"
+        if self._host_pinned is None or not pinned.share(run, self._host_pinned):
+            return False
+        self._host_pinned = run
+        return True
 
-    def _pin(self, path: Path, lease: Lease) -> _Pinned:
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=_Pinned)
-        except FileNotFoundError:
-            pass
-        except msgspec.DecodeError:
-            log.error("%s is damaged and made anew", path)  # after a power failure at worst: it is renamed into place
-        values = secret_values(lease.secrets, lease.redact, self._host_secrets)
-        pinned = _Pinned(list(values.items()), self._limits.disk, self._limits.database)
-        new = path.with_suffix(".new")
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(msgspec.json.encode(pinned))
-        new.rename(path)
-        return pinned
+    def _open_pinned(self, lease: Lease, found: list[str]) -> tuple[OpenLog, bool]:
+        return self._open_files(lease, found, pinned.load(f"{self._runs}/{lease.id}"))
 
-    async def _keep_within(self, entry: _OpenLog) -> None:
+    def _open_files(self, lease: Lease, names: list[str], found: Pinned | None) -> tuple[OpenLog, bool]:
+        """The log as it stands on disk, and whether it is new. ``found``: what is pinned for it."""
+        path, run = self._path_of(lease.job, lease.attempt), f"{self._runs}/{lease.id}"
+        if found is not None:
+            secrets = self._host_set if found == self._host_pin else SecretSet(dict(found.values))
+        elif lease.secrets or lease.redact:
+            secrets = SecretSet(secret_values(lease.secrets, lease.redact, self._host_secrets))
+        else:
+            secrets = self._host_set
+        is_pinned = found is not None
+        if found is None:
+            found = Pinned(list(secrets.values.items()), self._limits.disk, self._limits.database)
+            if secrets:  # at once: what is in the raw files already is redacted so, whoever does it
+                pinned.save(run, found)
+                is_pinned = True
+                if secrets is self._host_set:
+                    self._host_pinned = run
+        pin = partial(pinned.save, run, found) if not is_pinned else _nothing
+        limits = Limits(found.disk, found.database)
+        transcript = Transcript(run, LocalWriter(path, lease.id), secrets, limits, pin)
+        is_new = transcript.open(names)
+        if not is_new:
+            pin()
+        shipment = Shipment(lease=lease.id, job=lease.job, attempt=lease.attempt, copy=LocalCopy(path))
+        return OpenLog(lease.id, path, transcript, shipment, secrets), is_new
+
+    def _close_files(self, entry: OpenLog) -> int:
+        entry.transcript.close(self._clock())
+        return disk_size(entry.path)
+
+    async def _keep_within(self, size: int) -> None:
+        """``size``: what the copy of an attempt that was closed takes on disk."""
         async with self._keeping:  # one walk through the directory at a time
             if self._kept is not None:
-                self._kept += await to_thread.run_sync(disk_size, entry.path, limiter=self._file_threads)
+                self._kept += size
             if self._kept is None or self._kept > self._keep_local:
-                open_paths = {other.path for other in self._open.values()}
+                open_paths = {Path(other.path) for other in self._open.values()}
                 self._kept = await to_thread.run_sync(
-                    keep_within, self._logs, self._runs, self._keep_local, open_paths, limiter=self._file_threads
+                    keep_within,
+                    Path(self._logs),
+                    Path(self._runs),
+                    self._keep_local,
+                    open_paths,
+                    limiter=self._file_threads,
                 )
 
 
-def _advance(entries: Iterable[_OpenLog]) -> list[bool]:
-    """Takes each attempt a slice further, up to a turn's worth; whether each has more. In the pump's thread."""
-    done: list[bool] = []
-    room = _TURN
-    for entry in entries:
-        before = entry.transcript.size
-        try:
-            done.append(entry.transcript.advance())
-            entry.problem = None
-        except Exception as error:
-            # Whatever is wrong with one attempt's files must not stop the logs of the others. It is tried again.
-            if entry.problem is None:
-                log.exception("log of job %s does not get on", entry.shipment.job)
-            entry.problem = str(error) or type(error).__name__
-            done.append(False)
-        room -= max(0, entry.transcript.size - before)
-        if room <= 0:
-            break
-    return done
+def _nothing() -> None: ...

@@ -10,7 +10,6 @@ whole; the remains of an attempt that this host lost are not.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from pathlib import Path
 
 import anyio
 import msgspec
@@ -47,7 +46,7 @@ class _Page(msgspec.Struct):
 class LogFiles:
     """Pages of local copies. Bounds how many threads read for clients at once."""
 
-    def __init__(self, path_of: Callable[[int, int], Path]) -> None:
+    def __init__(self, path_of: Callable[[int, int], str]) -> None:
         self._path_of = path_of
         self._threads = CapacityLimiter(4)
 
@@ -69,7 +68,8 @@ class LogFiles:
             ]
             found = copy.read(wanted)
         except FileNotFoundError:
-            return None
+            # Nothing is written yet where it is open; where it is not, the copy went just now.
+            return _Page([], ended=True, is_final=False) if is_open else None
         records = [
             LogRecord(piece.offset, piece.step, Stream(piece.stream), piece.at, data)
             for piece, data in zip(wanted, found, strict=True)

@@ -10,7 +10,8 @@ mends a log that a failover set back.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import random
+from collections.abc import Awaitable, Callable
 
 import anyio
 import msgspec
@@ -25,6 +26,8 @@ from supervisor.sinks.local import Cursor, Flag, LocalCopy
 BATCH = 1 << 20
 """Log bytes of a batch, over all attempts."""
 _LEAST = 64 * 1024  # of one attempt in a batch, if it has as much: small chunks cost the database more than they save
+INTERVAL = 0.1
+_LONGEST_PAUSE = 5.0
 _MOST_LOOKS = 16  # at pages of pieces that are all left out, before others get their turn
 
 log = logging.getLogger(__name__)
@@ -58,14 +61,55 @@ class Shipment(msgspec.Struct, eq=False):
 
 class Shipper:
     """``on_moved`` is told of a shipment of which more is known than before: how much is stored, or that it is
-    refused."""
+    refused. ``has_priority`` says whether something else has now: then batches keep their distance."""
 
-    def __init__(self, store: LogStore, on_moved: Callable[[Shipment], None]) -> None:
+    def __init__(
+        self,
+        store: LogStore,
+        on_moved: Callable[[Shipment], None],
+        has_priority: Callable[[], bool],
+        pause: Callable[[float], Awaitable[None]],
+        rng: random.Random,
+    ) -> None:
         self._store = store
         self._on_moved = on_moved
+        self._has_priority = has_priority
+        self._pause = pause
+        self._rng = rng
         self._due: dict[LeaseId, Shipment] = {}
         self._thread = CapacityLimiter(1)
         self._arrived = anyio.Event()
+        self._rest: anyio.CancelScope | None = None
+        self._is_hurried = False
+        self.failures = 0
+
+    async def run(self) -> None:
+        """A batch each ``INTERVAL``, and at once where much waits or somebody hurries; ever more slowly while the
+        database is away."""
+        while True:
+            await self.wait()
+            self._is_hurried = False
+            try:
+                moved = await self.ship_once()
+            except StoreUnavailable as error:
+                if self.failures == 0:
+                    log.warning("logs wait on disk for the database: %s", error)
+                self.failures += 1
+                longest = min(_LONGEST_PAUSE, INTERVAL * 2 ** min(self.failures, 10))
+                await self._pause(longest * self._rng.uniform(0.5, 1.0))
+                continue
+            self.failures = 0
+            if moved and (self._is_hurried or (self.has_more and not self._has_priority())):
+                continue
+            with anyio.CancelScope() as self._rest:
+                await self._pause(INTERVAL)
+            self._rest = None
+
+    def hurry(self) -> None:
+        """Somebody waits for what is due now."""
+        self._is_hurried = True
+        if self._rest is not None:
+            self._rest.cancel()
 
     @property
     def is_idle(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -18,6 +18,7 @@ from supervisor.model.job import Stream
 _RECORD = struct.Struct("<dqB")  # at (unix seconds), end offset in its stream, code
 _READ_RECORDS = 4096
 _NAMES = {Stream.OUT: "out", Stream.ERR: "err"}
+_T = TypeVar("_T")
 
 
 class Arrival(NamedTuple):
@@ -38,66 +39,83 @@ class _Spec(msgspec.Struct):
 
 
 class StepSpool:
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._idx = str(directory / "idx")  # polled often: a Path takes twice as long
+    def __init__(self, directory: str | Path) -> None:
+        # Looked at often: a Path takes twice as long.
+        self._directory = str(directory)
+        self._idx = f"{self._directory}/idx"
 
     def count(self) -> int:
         """Whole records in the index; one that is half written does not count."""
-        try:
-            return os.stat(self._idx).st_size // _RECORD.size
-        except FileNotFoundError:
-            return 0
+        return _size(self._idx) // _RECORD.size
 
     def arrivals(self, first: int) -> list[Arrival]:
         """Records from number ``first`` on, some 4,000 at most."""
         count = min(self.count() - first, _READ_RECORDS)
         if count <= 0:
             return []
-        with open(self._idx, "rb", buffering=0) as file:
-            raw = os.pread(file.fileno(), count * _RECORD.size, first * _RECORD.size)
+        raw = _read(self._idx, first * _RECORD.size, count * _RECORD.size)
         return [Arrival._make(values) for values in _RECORD.iter_unpack(raw[: len(raw) // _RECORD.size * _RECORD.size])]
 
     def read(self, stream: Stream, start: int, length: int) -> bytes:
         try:
-            with (self._directory / _NAMES[stream]).open("rb", buffering=0) as file:
-                return os.pread(file.fileno(), length, start)
+            return _read(self._path(stream), start, length)
         except FileNotFoundError:
             return b""
 
     def size(self, stream: Stream) -> int:
-        try:
-            return (self._directory / _NAMES[stream]).stat().st_size
-        except FileNotFoundError:
-            return 0
+        return _size(self._path(stream))
+
+    def is_silent(self) -> bool:
+        """No output is on disk, and none that the index speaks of."""
+        return not (_size(self._idx) or self.size(Stream.OUT) or self.size(Stream.ERR))
 
     def written_at(self) -> float:
         """When output was last written, by the files' own stamps; 0.0 if there is none."""
         stamps = [0.0]
-        for name in _NAMES.values():
+        for stream in _NAMES:
             try:
-                stamps.append((self._directory / name).stat().st_mtime)
+                stamps.append(os.stat(self._path(stream)).st_mtime)
             except FileNotFoundError:
                 continue
         return max(stamps)
 
     def has_begun(self) -> bool:
-        return self.count() > 0 or (self._directory / "claim").exists()
+        return self.count() > 0 or os.path.exists(f"{self._directory}/claim")
 
     def is_closed(self) -> bool:
-        return (self._directory / "closed").exists()
+        return os.path.exists(f"{self._directory}/closed")
 
     def dropped(self) -> int:
         """Bytes of output that were dropped over the limit."""
-        try:
-            end = msgspec.json.decode((self._directory / "exit").read_bytes(), type=_Exit)
-        except (FileNotFoundError, msgspec.DecodeError):
-            return 0
-        return end.out_dropped + end.err_dropped
+        end = self._decode("exit", _Exit)
+        return end.out_dropped + end.err_dropped if end else 0
 
     def limit(self) -> int | None:
         """The step's limit on raw output in bytes, if known."""
+        spec = self._decode("spec", _Spec)
+        return spec.max_output if spec else None
+
+    def _path(self, stream: Stream) -> str:
+        return f"{self._directory}/{_NAMES[stream]}"
+
+    def _decode(self, name: str, type: type[_T]) -> _T | None:
+        path = f"{self._directory}/{name}"
         try:
-            return msgspec.json.decode((self._directory / "spec").read_bytes(), type=_Spec).max_output
+            return msgspec.json.decode(_read(path, 0, os.stat(path).st_size), type=type)
         except (FileNotFoundError, msgspec.DecodeError):
             return None
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _read(path: str, start: int, length: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(descriptor, length, start)
+    finally:
+        os.close(descriptor)

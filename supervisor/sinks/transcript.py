@@ -9,6 +9,7 @@ committed local copy ends and makes the same bytes at the same offsets, so nothi
 - Steps come one after another. Within a step the index orders arrivals of both streams; each has its own redactor.
 - Arrivals of one stream close in time are taken together: a chatty job must not cost a search per line.
 - A note says behind how many index records it stands; it is on disk before it is in the log.
+- Nothing is on disk of a log that has no byte yet; what is known of it follows from the raw files.
 - Where the shepherd cut the output, and where a cap of this copy or of the stored one is reached, a note says so
   *there*. Behind the cap of the stored log, pieces are marked as left out: so offsets are the same here and in the
   database.
@@ -16,8 +17,10 @@ committed local copy ends and makes the same bytes at the same offsets, so nothi
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +30,8 @@ from supervisor.model.job import Stream
 from supervisor.model.logs import format_size
 from supervisor.model.redaction import Redactor, SecretSet
 from supervisor.sinks.local import Flag, LocalWriter, State
+from supervisor.sinks.notes import Note, append_note, read_notes
+from supervisor.sinks.scanner import Scanner
 from supervisor.sinks.spool import Arrival, StepSpool
 
 SLICE = 256 * 1024
@@ -44,27 +49,21 @@ class Limits(msgspec.Struct, frozen=True):
     database: int
 
 
-class Note(msgspec.Struct, frozen=True):
-    """A line of bsup's own for ``step``, behind ``after`` records of its raw index; None: behind the step's end."""
-
-    step: int
-    after: int | None
-    at: float
-    text: str
-
-
 class Transcript:
     """The making of one attempt's log.
 
-    ``advance``, ``note`` and ``close`` take a lock, may be called from any thread and raise OSError; ``begin`` and
-    ``end`` only leave word for the next of them, so the event loop never waits.
+    ``advance``, ``note`` and ``close`` take a lock, may be called from any thread and raise OSError; ``begin``, ``end``
+    and ``settle_silent`` are for the event loop and never wait. ``pin`` is called before the first byte is written.
     """
 
-    def __init__(self, run: Path, writer: LocalWriter, secrets: SecretSet, limits: Limits) -> None:
-        self._run = run
+    def __init__(
+        self, run: str | Path, writer: LocalWriter, secrets: SecretSet, limits: Limits, pin: Callable[[], None]
+    ) -> None:
+        self._run = str(run)
         self._writer = writer
         self._secrets = secrets
         self._limits = limits
+        self._pin = pin
         self._lock = threading.Lock()
         self._told: deque[tuple[int, bool]] = deque()  # (step, has ended), from the event loop
         self._live: set[int] = set()
@@ -75,22 +74,27 @@ class Transcript:
         self._spool: StepSpool | None = None
         self._arrivals: deque[Arrival] = deque()
         self._fed = {Stream.OUT: 0, Stream.ERR: 0}
-        self._redactors = self._new_redactors()
+        self._scanner = Scanner(secrets.sought) if secrets else None
+        self._redactors: dict[Stream, Redactor] = {}
 
-    def open(self) -> bool:
-        """Goes on with the log, or begins it; whether it is new. Takes up every step that is found begun on disk."""
+    def open(self, names: list[str]) -> bool:
+        """Goes on with the log, or begins it; whether it is new. Takes up every step that is found begun on disk.
+        ``names``: those in the run's directory.
+        """
         self._state, is_new = self._writer.open()
-        self._notes = self._read_notes()
-        self._fed = {Stream.OUT: self._state.raw_out, Stream.ERR: self._state.raw_err}
         if not is_new:
-            self._spool = StepSpool(self._run / str(self._state.active))
-        for directory in self._run.iterdir():
-            if directory.name.isdecimal():
-                spool = StepSpool(directory)
+            self._fed = {Stream.OUT: self._state.raw_out, Stream.ERR: self._state.raw_err}
+            self._redactors = self._new_redactors()
+            self._spool = StepSpool(f"{self._run}/{self._state.active}")
+        for name in names:
+            if name == "notes":
+                self._notes = read_notes(self._run)
+            elif name.isdecimal():
+                spool = StepSpool(f"{self._run}/{name}")
                 if spool.is_closed():
-                    self.end(int(directory.name))
+                    self.end(int(name))
                 elif spool.has_begun():
-                    self.begin(int(directory.name))
+                    self.begin(int(name))
         return is_new
 
     def begin(self, step: int) -> None:
@@ -119,26 +123,60 @@ class Transcript:
         """Nothing is left to do until a step begins or a note comes."""
         return not (self._told or self._live or self._state.notes < len(self._notes)) and self._writer.is_flushed
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything of it is on disk."""
+        return self._writer.is_begun
+
+    def settle_silent(self) -> bool:
+        """Ends the steps that ended without a byte; whether nothing is left to do. A few looks at the disk, no write:
+        what needs more, or is busy, is left to ``advance``.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            self._hear()
+            if self._is_closed or not self._writer.is_flushed or self._state.notes < len(self._notes):
+                return False
+            for step in sorted(self._live):
+                spool = StepSpool(f"{self._run}/{step}")
+                if step not in self._ended or not spool.is_silent() or spool.dropped() or self._writer.is_begun:
+                    return False
+                self._state.begin(step)
+                self._spool = None
+                self._end_step(step, 0.0)
+            return self.is_settled
+        finally:
+            self._lock.release()
+
     def note(self, step: int, text: str, at: float) -> None:
         line = " ".join(self._secrets.text(text)[:_MAX_NOTE].split("\n"))
         with self._lock:
             self._hear()
             open_here = not self._state.is_done(step) and step not in self._ended
-            after = StepSpool(self._run / str(step)).count() if open_here else None
+            after = StepSpool(f"{self._run}/{step}").count() if open_here else None
             note = Note(step, after, at, line)
-            path = self._run / "notes"
-            path.touch(mode=0o600)
-            with path.open("ab") as file:
-                file.write(msgspec.json.encode(note) + b"\n")
+            append_note(self._run, note)
             self._notes.append(note)
 
+    def close_silent(self) -> bool:
+        """Ends it if nothing was written, for the event loop; else False."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            self._is_closed = not self._writer.is_begun and self._writer.is_flushed
+            return self._is_closed
+        finally:
+            self._lock.release()
+
     def close(self, at: float) -> None:
-        """Marks the copy as whole."""
+        """Ends it, and marks the copy as whole."""
         with self._lock:
             self._is_closed = True
-            self._writer.add(self._state.active, Stream.NOTE, at, b"", Flag.CLOSED)
-            self._writer.commit(self._state)
-            self._writer.flush()
+            if self._writer.is_begun or not self._writer.is_flushed:
+                self._writer.add(self._state.active, Stream.NOTE, at, b"", Flag.CLOSED)
+                self._writer.commit(self._state)
+                self._flush()
 
     def advance(self, budget: int = SLICE) -> bool:
         """Takes about ``budget`` raw bytes into the log; whether there is more to do at once."""
@@ -146,7 +184,7 @@ class Transcript:
             if self._is_closed:
                 return False
             self._hear()
-            self._writer.flush()  # what a full disk refused before
+            self._flush()  # what a full disk refused before
             more = False
             while budget > 0:
                 moved = self._move()
@@ -159,8 +197,13 @@ class Transcript:
                     budget = 0
             else:
                 more = True
-            self._writer.flush()
+            self._flush()
             return more
+
+    def _flush(self) -> None:
+        if not self._writer.is_begun and not self._writer.is_flushed:
+            self._pin()
+        self._writer.flush()
 
     def _hear(self) -> None:
         while self._told:
@@ -213,7 +256,7 @@ class Transcript:
 
     def _enter(self, step: int) -> None:
         self._state.begin(step)
-        self._spool = StepSpool(self._run / str(step))
+        self._spool = StepSpool(f"{self._run}/{step}")
         self._arrivals.clear()
         self._fed = {Stream.OUT: 0, Stream.ERR: 0}
         self._redactors = self._new_redactors()
@@ -283,11 +326,16 @@ class Transcript:
         dropped = spool.dropped()
         if dropped:
             self._write_note(step, at, f"{format_size(dropped)} of output dropped")
+        self._end_step(step, at)
+        return 0
+
+    def _end_step(self, step: int, at: float) -> None:
         self._state.flags |= Flag.DONE
-        self._writer.add(step, Stream.NOTE, at, b"", Flag.DONE)
+        # Where nothing was written, the step's end need not be known either: it is found again in the raw files.
+        if self._writer.is_begun or not self._writer.is_flushed:
+            self._writer.add(step, Stream.NOTE, at, b"", Flag.DONE)
         self._live.discard(step)
         self._ended.discard(step)
-        return 0
 
     # --- into the local copy ---------------------------------------------------------------------------------------
 
@@ -327,7 +375,7 @@ class Transcript:
     # --- small things ----------------------------------------------------------------------------------------------
 
     def _new_redactors(self) -> dict[Stream, Redactor]:
-        return {Stream.OUT: Redactor(self._secrets), Stream.ERR: Redactor(self._secrets)}
+        return {stream: Redactor(self._secrets, self._scanner) for stream in (Stream.OUT, Stream.ERR)}
 
     def _set_raw(self, stream: Stream, position: int) -> None:
         if stream is Stream.OUT:
@@ -335,22 +383,10 @@ class Transcript:
         else:
             self._state.raw_err = position
 
-    def _read_notes(self) -> list[Note]:
-        path = self._run / "notes"
-        try:
-            raw = path.read_bytes()
-        except FileNotFoundError:
-            return []
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):  # killed while it wrote: that note was never answered for
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
-        return [_note_of(line) for line in whole.splitlines()]
 
-
-def _note_of(line: bytes) -> Note:
-    """One that is damaged keeps its place, as notes are counted, and keeps nobody from the rest of the log."""
+def names_in(run: str) -> list[str]:
+    """The names in a run's directory, which may not be there yet."""
     try:
-        return msgspec.json.decode(line, type=Note)
-    except msgspec.MsgspecError:
-        return Note(0, 0, 0.0, "a note of bsup's own is damaged")
+        return os.listdir(run)
+    except FileNotFoundError:
+        return []

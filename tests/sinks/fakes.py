@@ -1,11 +1,12 @@
-"""A shepherd that only writes files, and a log store in memory that fails on demand."""
+"""A shepherd that only writes files, a log store in memory that fails on demand, and a log book driven by hand."""
 
 from __future__ import annotations
 
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +16,10 @@ import msgspec
 from supervisor.model.errors import StoreUnavailable
 from supervisor.model.job import Lease, LeaseId, LogChunk, LogRecord, Stream
 from supervisor.model.logs import decode_records, slice_records
-from supervisor.ports import StoredLog
+from supervisor.ports import LogReader, Plan, StoredLog
+from supervisor.sinks.log import LogBook
+
+PLAN = Plan((), None)
 
 
 def a_lease(
@@ -87,6 +91,7 @@ class FakeLogStore:
         self.faults: list[str] = []
         self.away = False
         self.appends = 0
+        self.asked = 0
 
     def _fail(self, when: str) -> None:
         if self.away or (self.faults and self.faults[0] == when):
@@ -122,6 +127,7 @@ class FakeLogStore:
     async def log_size(self, job: int, attempt: int) -> int:
         await anyio.lowlevel.checkpoint()
         self._fail("before")
+        self.asked += 1
         return sum(chunk.length for chunk in self.chunks.get((job, attempt), []))
 
     async def read_log(self, job: int, attempt: int, offset: int, limit: int = 1 << 20) -> StoredLog:
@@ -142,10 +148,40 @@ def joined(records: list[LogRecord], *streams: Stream) -> bytes:
 
 
 def local_log(state: Path, lease: Lease) -> bytes:
-    return (state / "logs" / str(lease.job) / f"{lease.attempt}.log").read_bytes()
+    """The bytes of the local copy; there is none until there is something to write."""
+    try:
+        return (state / "logs" / str(lease.job) / f"{lease.attempt}.log").read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def rss() -> int:
     """This process's resident memory in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@asynccontextmanager
+async def serving(book: LogBook) -> AsyncIterator[LogBook]:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(book.run)
+        yield book
+        tasks.cancel_scope.cancel()
+
+
+async def settle(book: LogBook) -> None:
+    """Everything that is on disk now, by hand."""
+    while await book.pump_once():
+        pass
+    while await book.ship_once():
+        pass
+
+
+async def complete(book: LogBook, *leases: LeaseId) -> list[int]:
+    async with serving(book):
+        with anyio.fail_after(20):
+            return [await book.complete(lease) for lease in leases]
+
+
+async def read_all(book: LogReader, job: int = 1, **asked: object) -> list[LogRecord]:
+    return [record async for record in book.read(job, 1, **asked)]  # type: ignore[arg-type]

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import anyio
 import pytest
 
 from supervisor.model.errors import RunnerError, StoreUnavailable
-from supervisor.model.job import LeaseId, LogRecord, Stream
-from supervisor.ports import LogReader, LogSink, LogStore, Plan
+from supervisor.model.job import Stream
+from supervisor.ports import LogReader, LogSink, LogStore
 from supervisor.sinks.log import LogBook
-from tests.sinks.fakes import FakeLogStore, FakeStep, a_lease, joined, local_log, rss
+from tests.sinks.fakes import (
+    PLAN,
+    FakeLogStore,
+    FakeStep,
+    a_lease,
+    complete,
+    joined,
+    local_log,
+    read_all,
+    rss,
+    serving,
+    settle,
+)
 
 pytestmark = pytest.mark.anyio
-PLAN = Plan((), None)
 
 
 @pytest.fixture
@@ -31,32 +41,6 @@ def test_it_keeps_the_promises_of_the_ports(tmp_path: Path, store: FakeLogStore)
     sink: LogSink = book
     reader: LogReader = book
     assert sink is reader
-
-
-@asynccontextmanager
-async def serving(book: LogBook) -> AsyncIterator[LogBook]:
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(book.run)
-        yield book
-        tasks.cancel_scope.cancel()
-
-
-async def settle(book: LogBook) -> None:
-    """Everything that is on disk now, by hand."""
-    while await book.pump_once():
-        pass
-    while await book.ship_once():
-        pass
-
-
-async def complete(book: LogBook, *leases: LeaseId) -> list[int]:
-    async with serving(book):
-        with anyio.fail_after(20):
-            return [await book.complete(lease) for lease in leases]
-
-
-async def read_all(book: LogReader, job: int = 1, **asked: object) -> list[LogRecord]:
-    return [record async for record in book.read(job, 1, **asked)]  # type: ignore[arg-type]
 
 
 async def test_an_attempt_from_its_first_byte_to_its_last(tmp_path: Path, store: FakeLogStore) -> None:
@@ -397,7 +381,7 @@ async def test_idle_attempts_are_not_looked_at(tmp_path: Path, store: FakeLogSto
     book = LogBook(tmp_path, store)
     await book.open(a_lease(), PLAN)
     await settle(book)
-    assert not book._watched and book._shipper.is_idle
+    assert book._pump.is_idle and book._shipper.is_idle
 
 
 async def test_a_long_line_and_much_output_leave_memory_flat(tmp_path: Path, store: FakeLogStore) -> None:
@@ -430,6 +414,8 @@ async def test_local_copies_stay_within_their_budget_oldest_first(tmp_path: Path
     book = LogBook(tmp_path, store, keep_local=300_000)
     open_one = a_lease(99)
     await book.open(open_one, PLAN)
+    await book.note(open_one.id, 0, "the oldest, but it is open")
+    await book.pump_once()
     for job in range(1, 7):
         lease = a_lease(job)
         await book.open(lease, PLAN)

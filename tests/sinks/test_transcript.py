@@ -14,7 +14,7 @@ from supervisor.model.job import Lease, LogRecord, Stream
 from supervisor.model.redaction import Redactor, SecretSet
 from supervisor.sinks import local
 from supervisor.sinks.local import Cursor, Flag, LocalCopy, LocalWriter
-from supervisor.sinks.transcript import Limits, Transcript
+from supervisor.sinks.transcript import Limits, Transcript, names_in
 from tests.sinks.fakes import FakeStep, a_lease, joined, local_log
 
 SECRETS = {b"abba": b"***", b"bab": b"<b>", b"ab": b"#"}
@@ -25,8 +25,8 @@ def make(state: Path, lease: Lease, limits: Limits = PLENTY, secrets: dict[bytes
     writer = LocalWriter(path_of(state, lease), lease.id)
     run = state / "runs" / str(lease.id)
     run.mkdir(parents=True, exist_ok=True)
-    transcript = Transcript(run, writer, SecretSet(secrets), limits)
-    transcript.open()
+    transcript = Transcript(run, writer, SecretSet(secrets), limits, pin=lambda: None)
+    transcript.open(names_in(str(run)))
     return transcript
 
 
@@ -36,6 +36,8 @@ def path_of(state: Path, lease: Lease) -> Path:
 
 def records(state: Path, lease: Lease) -> list[LogRecord]:
     copy, cursor, found = LocalCopy(path_of(state, lease)), Cursor(0), []
+    if not local_log(state, lease):
+        return []
     while pieces := copy.pieces(cursor, 1 << 16):
         found += [
             LogRecord(piece.offset, piece.step, Stream(piece.stream), piece.at, data)
