@@ -59,6 +59,9 @@ class Told(enum.Enum):
     CLOSED = "closed"
 
 
+_OK = Told.OK
+
+
 class Ask(Generic[R]):
     """A request with the way back. Whoever receives it answers or fails it, once; a late answer goes nowhere."""
 
@@ -98,15 +101,15 @@ class Mailbox(Generic[M]):
 
     __slots__ = (
         "_asks",
-        "_bounds",
         "_clock",
         "_closed",
         "_control",
+        "_control_bound",
         "_data",
+        "_data_bound",
         "_dropped",
         "_handled",
         "_is_queued",
-        "_lanes",
         "_serve",
         "_turns",
         "_waiter",
@@ -119,15 +122,15 @@ class Mailbox(Generic[M]):
         self.name = name
         self._control: deque[tuple[float, M | Ask[Any]]] = deque()
         self._data: deque[tuple[float, M | Ask[Any]]] = deque()
-        self._lanes = (self._control, self._data)
-        self._bounds = (control, data)
+        self._control_bound = control
+        self._data_bound = data
         self._clock = clock
         self._waiter: asyncio.Future[None] | None = None
         self._serve: Callable[[M | Ask[Any]], None] | None = None
         self._turns: Turns | None = None
         self._is_queued = False
         # Made by the first ask: most mailboxes (one a job) are never asked anything.
-        self._asks: set[Ask[Any]] | None = None
+        self._asks: _Unanswered | None = None
         self._closed = False
         self._handled = 0
         self._dropped = 0
@@ -136,30 +139,45 @@ class Mailbox(Generic[M]):
     def is_closed(self) -> bool:
         return self._closed
 
-    def tell(self, message: M, lane: Lane = Lane.DATA) -> Told:
+    def tell(self, message: M | Ask[Any], lane: Lane = Lane.DATA) -> Told:
         """Puts a message into a lane, at once or not at all. On the loop's thread only."""
-        return self._put(message, lane)
+        if self._closed:
+            self._dropped += 1
+            return Told.CLOSED
+        queue = self._data if lane else self._control
+        if len(queue) >= (self._data_bound if lane else self._control_bound):
+            self._dropped += 1
+            return Told.FULL
+        queue.append((self._clock(), message))
+        if self._turns is not None:
+            if not self._is_queued:
+                self._is_queued = True
+                self._turns.queue(self)
+        elif self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        return _OK
 
     async def ask(self, request: Request[R], timeout: float) -> R:
         """Asks through the control lane and waits ``timeout`` seconds for the answer.
 
         Raises Busy (lane full), ActorGone (closed, now or meanwhile), TimeoutError, or what the actor failed it with.
         """
-        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
         ask = Ask(request, future)
-        told = self._put(ask, Lane.CONTROL)
+        told = self.tell(ask, Lane.CONTROL)
         if told is Told.FULL:
             raise Busy(f"{self.name} has too many requests waiting")
         if told is Told.CLOSED:
             raise ActorGone(f"{self.name} has ended")
-        if self._asks is None:
-            self._asks = set()
-        self._asks.add(ask)
+        asks = self._asks
+        if asks is None:
+            asks = self._asks = _Unanswered(loop)
+        asks.add(ask, timeout)
         try:
-            async with asyncio.timeout(timeout):
-                return await future
+            return await future
         finally:
-            self._asks.discard(ask)
+            asks.remove(ask)
 
     async def receive(self) -> M | Ask[Any]:
         """The next item, control first. Raises ActorGone once the mailbox is closed. One receiver at a time."""
@@ -204,9 +222,13 @@ class Mailbox(Generic[M]):
         """Hands over what lies here, up to ``TURN`` items. Called by ``Turns``."""
         self._is_queued = False
         for _ in range(TURN):
-            item = self.receive_nowait()
-            if item is None or self._serve is None:
+            lane = self._control or self._data
+            if not lane or self._serve is None:
                 return
+            item = lane.popleft()[1]
+            if isinstance(item, Ask) and item.is_over:
+                continue
+            self._handled += 1
             self._serve(item)
         if (self._control or self._data) and not self._is_queued and self._turns is not None:
             self._is_queued = True
@@ -230,7 +252,8 @@ class Mailbox(Generic[M]):
         self._dropped += len(self._control) + len(self._data)
         self._control.clear()
         self._data.clear()
-        self.fail_unanswered()
+        if self._asks:
+            self.fail_unanswered()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         # Let go of the actor, which holds this mailbox: a circle would wait for the garbage collector.
@@ -238,11 +261,11 @@ class Mailbox(Generic[M]):
 
     def fail_unanswered(self) -> None:
         """The actor crashed and another will read on: nobody who asked it needs to wait. Messages stay."""
-        for ask in list(self._asks or ()):
-            ask.fail(ActorGone(f"{self.name} has ended"))
+        if self._asks is not None:
+            self._asks.fail(lambda: ActorGone(f"{self.name} has ended"))
 
     def stats(self) -> MailboxStats:
-        first = min((lane[0][0] for lane in self._lanes if lane), default=None)
+        first = min((lane[0][0] for lane in (self._control, self._data) if lane), default=None)
         return MailboxStats(
             depth_control=len(self._control),
             depth_data=len(self._data),
@@ -251,24 +274,47 @@ class Mailbox(Generic[M]):
             dropped=self._dropped,
         )
 
-    def _put(self, item: M | Ask[Any], lane: Lane) -> Told:
-        if self._closed:
-            self._dropped += 1
-            return Told.CLOSED
-        queue = self._lanes[lane]
-        if len(queue) >= self._bounds[lane]:
-            self._dropped += 1
-            return Told.FULL
-        queue.append((self._clock(), item))
-        if self._turns is not None:
-            if not self._is_queued:
-                self._is_queued = True
-                self._turns.queue(self)
-            return Told.OK
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-        return Told.OK
+
+class _Unanswered:
+    """The asks of a mailbox that wait, with one timer for all: most are answered long before their deadline, and a
+    timer of its own costs an ask more than all the rest."""
+
+    __slots__ = ("_alarm", "_deadlines", "_loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._deadlines: dict[Ask[Any], float] = {}
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def add(self, ask: Ask[Any], timeout: float) -> None:
+        self._deadlines[ask] = deadline = self._loop.time() + timeout
+        if self._alarm is None or deadline < self._alarm.when():
+            self._wake_at(deadline)
+
+    def remove(self, ask: Ask[Any]) -> None:
+        del self._deadlines[ask]
+
+    def fail(self, error: Callable[[], BsupError]) -> None:
+        """Fails them all, each with an error of its own. What is asked after that sets the timer again."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        for ask in self._deadlines:
+            ask.fail(error())
+
+    def _wake_at(self, deadline: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = self._loop.call_at(deadline, self._expire)
+
+    def _expire(self) -> None:
+        self._alarm = None
+        now = self._loop.time()
+        for ask, deadline in self._deadlines.items():
+            if deadline <= now:
+                ask.fail(TimeoutError())
+        if left := [deadline for deadline in self._deadlines.values() if deadline > now]:
+            self._wake_at(min(left))
 
 
 class Turns:

@@ -75,6 +75,8 @@ log = logging.getLogger("supervisor.dispatcher")
 UNCHECKED_RENEWALS = 6
 """Renewals in a row that could not be compared (claims or ends were always under way) before a full reconciliation."""
 
+_CONTROL = Lane.CONTROL
+
 CRASHES = 3
 """Actors of one lease that crash before it is left to the next reconciliation."""
 
@@ -283,9 +285,9 @@ class Dispatcher:
 
     def _take(self, lease: Lease, start: JobStart) -> Held:
         assert self._owner is not None
-        held = Held(lease, self._make_job(lease, start), _now())
+        held = Held(lease, self._make_job(lease, start))
         self._ledger.add(held)
-        held.moved = held.actor.begin(self._owner, partial(self._on_actor_over, held))
+        held.begun = held.actor.begin(self._owner, partial(self._on_actor_over, held))
         return held
 
     def _on_actor_over(self, held: Held, error: Exception | None) -> None:
@@ -367,7 +369,7 @@ class Dispatcher:
     def _tell(self, lease: LeaseId, message: JobMessage) -> None:
         held = self._ledger.get(lease)
         if held is not None:
-            held.actor.mailbox.tell(message, Lane.CONTROL)
+            held.actor.mailbox.tell(message, _CONTROL)
 
     def _stop_message(self, grace: float | None, kill: bool, by: str) -> StopAsked:
         return StopAsked(0.0 if kill else self._host.grace if grace is None else grace, kill, by)
@@ -375,6 +377,8 @@ class Dispatcher:
     def _beat(self) -> None:
         now = _now()
         for held in self._ledger:
+            if held.heard is None:
+                held.heard = now
             silence = now - held.heard
             if silence > self._stall_after:
                 log.error("the actor of job %s was silent for %.0f s: its job is ended", held.lease.job, silence)
@@ -413,8 +417,10 @@ class Dispatcher:
             self._detaching.answer(None)
 
     def _check_drained(self) -> None:
+        if not self._claimer.paused:
+            return
         busy = self._claimer.in_flight or len(self._ledger) or self._reconciler.burials or not self._outbox.is_empty
-        if self._claimer.paused and not busy and (self._me is None or self._reconciler.is_reconciled):
+        if not busy and (self._me is None or self._reconciler.is_reconciled):
             self._root.tell(Drained(clean=self._me is not None), Lane.CONTROL)
 
     # --- the session ------------------------------------------------------------------------------------------
@@ -472,7 +478,7 @@ def _now() -> float:
 def _info(held: Held, stats: MailboxStats) -> ActorInfo:
     return ActorInfo(
         name=f"job {held.lease.job}",
-        state="starting" if held.moved is None else held.moved.phase.value,
+        state=held.view(waiting_for_store=False).phase.value,
         restarts=held.crashes,
         **msgspec.structs.asdict(stats),
     )

@@ -68,6 +68,12 @@ Ts = TypeVarTuple("Ts")
 STOP_PATIENCE = 5.0
 """Seconds beyond the grace after which a stop that brought no end is repeated as a kill."""
 
+_UNBEGUN = AttemptState()
+# A member of an enum takes several times as long to read as a global.
+_OVER = Stage.OVER
+_FULL = Told.FULL
+_RUNNING = Phase.RUNNING
+
 LOG_TRIES = 3
 """How often completing a log is tried when it raises what nobody foresaw; then the end is told without the rest of
 it."""
@@ -84,7 +90,6 @@ class JobActor:
         "_end_told",
         "_events",
         "_feeding",
-        "_first",
         "_grace",
         "_log_open",
         "_moved",
@@ -122,14 +127,13 @@ class JobActor:
         self._dispatcher = dispatcher
         self._grace = grace
         self._rng = rng
-        self._state = AttemptState()
+        self._state = _UNBEGUN
         self._adopting = start.adopt
         self._log_open = False
         self._tasks: asyncio.TaskGroup | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._on_over: Callable[[Exception | None], None] | None = None
         self._beginning = True
-        self._first: JobMoved | None = None
         self._feeding = False
         self._end_told = False
         # Made when they are needed: most attempts of a short job never need them.
@@ -142,9 +146,9 @@ class JobActor:
         self._told: tuple[Phase, bool, int | None] | None = None
         """What the dispatcher knows: the phase, whether it is alive, the current step."""
 
-    def begin(self, owner: Owner, on_over: Callable[[Exception | None], None]) -> JobMoved | None:
-        """Sets to work; what there is to tell at once. ``on_over`` is called, once, when the attempt is over and
-        cleaned up, or with the error of an actor that crashed."""
+    def begin(self, owner: Owner, on_over: Callable[[Exception | None], None]) -> bool:
+        """Sets to work; whether the job runs already, which is then not told. ``on_over`` is called, once, when the
+        attempt is over and cleaned up, or with the error of an actor that crashed."""
         self._tasks = owner.tasks
         self._on_over = on_over
         self.mailbox.serve(self._receive, owner.turns)
@@ -158,15 +162,18 @@ class JobActor:
         except Exception as error:
             self._leave(error)
         self._beginning = False
-        return self._first
+        return self._told is not None
 
     def abandon(self) -> None:
         """Ends the actor where it stands; what the attempt has on disk is left for the actor after it."""
         self.mailbox.close()
-        for task in self._effects or ():
-            task.cancel()
-        for timer in (self._timers or {}).values():
-            timer.cancel()
+        # At the end of an attempt: only stops of what has ended meanwhile, or looks at it, can be under way still.
+        if self._effects:
+            for task in self._effects:
+                task.cancel()
+        if self._timers:
+            for timer in self._timers.values():
+                timer.cancel()
         self._tasks = self._on_over = None
 
     # --- events in, effects out -------------------------------------------------------------------------------
@@ -182,12 +189,11 @@ class JobActor:
         except Exception as error:
             self._leave(error)
             return
-        if self._state.stage is Stage.OVER:
+        if self._state.stage is _OVER:
             self._leave(None)
 
     def _leave(self, error: Exception | None) -> None:
         on_over = self._on_over
-        # At the end only stops of what has ended meanwhile, or looks at it, can be under way still.
         self.abandon()
         if on_over is not None:
             on_over(error)
@@ -201,19 +207,24 @@ class JobActor:
             return
         self._feeding = True
         try:
-            self._take(event)
-            while self._events:
-                self._take(self._events.popleft())
+            while True:
+                self._state, effects = advance(self._state, event)
+                for effect in effects:
+                    self._perform(effect)
+                if not self._events:
+                    break
+                event = self._events.popleft()
         finally:
             self._feeding = False
         # An end tells all that a report would.
-        if not self._end_told and (self._moved or self._told != self._standing()):
+        if self._end_told:
+            return
+        standing = (self._state.phase, self._state.is_alive, self._state.current)
+        if self._beginning and not self._moved and standing[0] is _RUNNING:
+            self._told = standing
+        elif self._moved or self._told != standing:
+            self._told = standing
             self._report()
-
-    def _take(self, event: Event) -> None:
-        self._state, effects = advance(self._state, event)
-        for effect in effects:
-            self._perform(effect)
 
     def _perform(self, effect: Effect) -> None:
         match effect:
@@ -250,12 +261,12 @@ class JobActor:
 
     def _tell_self(self, event: Event) -> None:
         """For adapters' callbacks and effects: never lost, unless the actor is over."""
-        if self.mailbox.tell(event) is Told.FULL:
+        if self.mailbox.tell(event) is _FULL:
             asyncio.get_running_loop().call_later(0.1, self._tell_self, event)
 
     def _tell(self, message: JobOver | JobMoved) -> None:
         """To the dispatcher, which is one for all jobs: its data lane may be full for a moment."""
-        if self._dispatcher.tell(message) is Told.FULL:
+        if self._dispatcher.tell(message) is _FULL:
             asyncio.get_running_loop().call_later(0.1, self._tell, message)
 
     def _arm(self, name: str, seconds: float, event: Event) -> None:
@@ -266,17 +277,9 @@ class JobActor:
             timer.cancel()
         self._timers[name] = asyncio.get_running_loop().call_later(seconds, self._tell_self, event)
 
-    def _standing(self) -> tuple[Phase, bool, int | None]:
-        return self._state.phase, self._state.is_alive, self._state.current
-
     def _report(self) -> None:
         moved, self._moved = self._moved, None
-        self._told = self._standing()
-        told = moved_of(self.lease, self._state, moved or (), words=self._words)
-        if self._beginning and self._first is None:
-            self._first = told
-        else:
-            self._tell(told)
+        self._tell(moved_of(self.lease, self._state, moved or (), words=self._words))
 
     def _words(self, text: str) -> str:
         return fit_to_leave(self.lease, text, self._sink, log_open=self._log_open)

@@ -22,6 +22,8 @@ from supervisor.ports import LogSink
 TEXT_CAP = 4000
 """Characters of an error that leave the host."""
 
+_SUCCEEDED = Outcome.SUCCEEDED
+
 Words = Callable[[str], str]
 
 
@@ -50,7 +52,7 @@ def moved_of(lease: Lease, state: AttemptState, records: Sequence[StepRecord], *
 
 def end_of(lease: Lease, result: Result, superseded: bool, *, words: Words, rng: Random) -> AttemptEnd:
     retry: float | None = None
-    if result.outcome is Outcome.FAILED:
+    if result.outcome is not _SUCCEEDED and result.outcome is Outcome.FAILED:
         retry = decide_retry(
             failures=lease.failures,
             attempts=lease.attempts,

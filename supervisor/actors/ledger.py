@@ -30,7 +30,7 @@ class JobRun(Protocol):
     @property
     def mailbox(self) -> Mailbox[JobMessage]: ...
 
-    def begin(self, owner: Owner, on_over: Callable[[Exception | None], None]) -> JobMoved | None: ...
+    def begin(self, owner: Owner, on_over: Callable[[Exception | None], None]) -> bool: ...
 
     def abandon(self) -> None: ...
 
@@ -42,35 +42,39 @@ class Held:
     """One lease and its actor. Two facts that end apart: ``alive`` (a process of it may run, it takes room here) and
     ``in_database`` (its lease is there, as far as this host knows)."""
 
-    __slots__ = ("actor", "alive", "crashes", "end", "heard", "in_database", "lease", "moved", "suspect")
+    __slots__ = ("actor", "alive", "begun", "crashes", "end", "heard", "in_database", "lease", "moved", "suspect")
 
-    def __init__(self, lease: Lease, actor: JobRun, now: float) -> None:
+    def __init__(self, lease: Lease, actor: JobRun) -> None:
         self.lease = lease
         self.actor = actor
+        self.begun = False
+        """Whether it ran as soon as it was taken; what comes after that is told by its actor."""
         self.moved: JobMoved | None = None
         self.alive = True
         """Set through ``Ledger.set_alive`` only, which keeps the sums."""
         self.in_database = True
         self.end: AttemptEnd | None = None
-        self.heard = now
+        self.heard: float | None = None
+        """When its actor gave its last sign of life; None: no beat has asked for one yet."""
         self.crashes = 0
         self.suspect = False
         """Missed by one reconciliation; a second one in a row makes it gone."""
 
     def view(self, *, waiting_for_store: bool) -> RunningJob:
         lease, moved = self.lease, self.moved
+        begun = Phase.RUNNING if self.begun else Phase.STARTING
         return RunningJob(
             job=lease.job,
             name=lease.name,
             kind=lease.kind,
             lease=lease.id,
             attempt=lease.attempt,
-            phase=Phase.STARTING if moved is None else moved.phase,
+            phase=begun if moved is None else moved.phase,
             step=None if moved is None else moved.current,
             step_name=None if moved is None else moved.current_name,
             steps_total=0 if moved is None else moved.steps_total,
             leased_at=lease.leased_at,
-            started_at=None if moved is None else moved.started_at,
+            started_at=moved.started_at if moved is not None else lease.leased_at if self.begun else None,
             stop_asked=moved is not None and moved.stop_asked,
             waiting_for_store=waiting_for_store and self.end is not None,
         )

@@ -20,6 +20,7 @@ re-exports the plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any, TypeAlias
 
 import msgspec
@@ -67,8 +68,10 @@ from supervisor.model.attempt_words import (
 )
 from supervisor.model.job import Outcome, StepRecord, StepState
 
-# Looked at for every event of every job: a global is read several times faster than a member of its enum.
-_PENDING = StepState.PENDING
+# Read for every event of every job: a member of an enum takes several times as long to read as a global.
+_PREPARING, _LAUNCHING, _STEPPING, _FLUSHING, _TELLING, _CLEANING, _OVER = Stage
+_PENDING, _RUNNING, _SUCCEEDED = StepState.PENDING, StepState.RUNNING, StepState.SUCCEEDED
+_CANCELED = StepState.CANCELED
 
 _FENCED = "ended at the fence: the host could not renew its lease in time"
 _SUPERSEDED = "superseded: the lease is gone"
@@ -85,34 +88,42 @@ def advance(state: AttemptState, event: Event) -> Next:
 
 def result_of(state: AttemptState) -> Result:
     """The result as the state stands: the cause from outside, if one decided, else what the steps say."""
-    outcome, reason = _OUTCOME_OF_CAUSE[state.cause]
-    if state.cause is Cause.NONE:
-        outcome = Outcome.FAILED if state.failed else Outcome.SUCCEEDED
-        reason = state.reason
+    outcome, reason = _OUTCOMES[state.cause]
+    if not state.cause and state.failed:
+        outcome, reason = Outcome.FAILED, state.reason
+    is_success = outcome is _SUCCESS
+    ended_at: datetime | None = None
+    for step in state.steps:
+        if step.ended_at is not None and (ended_at is None or step.ended_at > ended_at):
+            ended_at = step.ended_at
     return Result(
         outcome=outcome,
-        exit_code=state.exit_code if state.failed else (0 if outcome is Outcome.SUCCEEDED else None),
+        exit_code=state.exit_code if state.failed else (0 if is_success else None),
         signal=state.signal if state.failed else None,
         error=state.cause_text or state.error,
         reason=reason,
-        may_retry=outcome is Outcome.FAILED and state.retry,
+        may_retry=not is_success and outcome is Outcome.FAILED and state.retry,
         started_at=state.started_at,
-        ended_at=max([s.ended_at for s in state.steps if s.ended_at is not None], default=None),
+        ended_at=ended_at,
         steps=() if _is_in_process(state) else state.steps,
     )
 
 
-_OUTCOME_OF_CAUSE: dict[Cause, tuple[Outcome, str | None]] = {
-    Cause.NONE: (Outcome.SUCCEEDED, None),
-    Cause.RELEASE: (Outcome.RELEASED, "drain"),
-    Cause.STALL: (Outcome.RELEASED, "stall"),
-    Cause.TIMEOUT: (Outcome.FAILED, "timeout"),
-    Cause.CRASH: (Outcome.FAILED, "internal"),
-    Cause.FENCE: (Outcome.RELEASED, "fence"),
-    Cause.LOST: (Outcome.LOST, "gone"),
-    Cause.STOP: (Outcome.CANCELED, "stop"),
-    Cause.LEASE_GONE: (Outcome.SUPERSEDED, "lease"),
-}
+_SUCCESS = Outcome.SUCCEEDED
+_OUTCOMES: tuple[tuple[Outcome, str | None], ...] = tuple(
+    {
+        Cause.NONE: (Outcome.SUCCEEDED, None),
+        Cause.RELEASE: (Outcome.RELEASED, "drain"),
+        Cause.STALL: (Outcome.RELEASED, "stall"),
+        Cause.TIMEOUT: (Outcome.FAILED, "timeout"),
+        Cause.CRASH: (Outcome.FAILED, "internal"),
+        Cause.FENCE: (Outcome.RELEASED, "fence"),
+        Cause.LOST: (Outcome.LOST, "gone"),
+        Cause.STOP: (Outcome.CANCELED, "stop"),
+        Cause.LEASE_GONE: (Outcome.SUPERSEDED, "lease"),
+    }[cause]
+    for cause in Cause
+)
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------
@@ -120,19 +131,21 @@ _OUTCOME_OF_CAUSE: dict[Cause, tuple[Outcome, str | None]] = {
 
 def _on_prepared(state: AttemptState, event: Prepared) -> Next:
     plan = event.plan
-    if state.stage is not Stage.PREPARING:
+    if state.stage is not _PREPARING:
         return state, []
-    steps = tuple([StepRecord(index=s.index, name=s.name, state=StepState.PENDING) for s in plan.steps])
-    ready = _replace(state, plan=plan, steps=steps, stage=Stage.LAUNCHING)
+    steps = tuple([StepRecord(index=s.index, name=s.name, state=_PENDING) for s in plan.steps])
+    ready = _replace(state, plan=plan, steps=steps, stage=_LAUNCHING)
     effects: list[Effect] = []
-    if plan.timeout is not None and state.cause is Cause.NONE:
+    if state.cause:
+        return _flush(ready)
+    if plan.timeout is not None:
         effects.append(ArmTimeout(plan.timeout))
     return _onward(ready, effects)
 
 
 def _on_prepare_failed(state: AttemptState, event: PrepareFailed) -> Next:
     error, invalid = event.error, event.invalid
-    if state.stage is not Stage.PREPARING:
+    if state.stage is not _PREPARING:
         return state, []
     reason = "invalid" if invalid else "host"
     failed = _replace(state, failed=True, error=error, reason=reason, retry=not invalid)
@@ -141,13 +154,13 @@ def _on_prepare_failed(state: AttemptState, event: PrepareFailed) -> Next:
 
 def _on_adopted(state: AttemptState, event: Adopted) -> Next:
     """Replays what is on disk: ends in order, then the step that still runs, then goes on as if nothing had been."""
-    if state.stage is not Stage.PREPARING:
+    if state.stage is not _PREPARING:
         return state, []
     plan = event.plan
-    steps = tuple(StepRecord(index=s.index, name=s.name, state=StepState.PENDING) for s in plan.steps)
-    state = _replace(state, plan=plan, steps=steps, stage=Stage.LAUNCHING)
+    steps = tuple(StepRecord(index=s.index, name=s.name, state=_PENDING) for s in plan.steps)
+    state = _replace(state, plan=plan, steps=steps, stage=_LAUNCHING)
     effects: list[Effect] = []
-    if plan.timeout is not None and state.cause is Cause.NONE:
+    if plan.timeout is not None and not state.cause:
         effects.append(ArmTimeout(max(0.0, plan.timeout - event.elapsed)))
     running: StepTaken | None = None
     for taken in sorted(event.taken, key=lambda t: t.index):
@@ -174,11 +187,11 @@ def _on_adopted(state: AttemptState, event: Adopted) -> Next:
         return _onward(state, effects)
     position = _position(plan, running.index)
     assert position is not None
-    record = _replace_step(state.steps[position], state=StepState.RUNNING, started_at=running.started_at)
-    state = _replace(state, stage=Stage.STEPPING, current=position, steps=_with(state.steps, position, record))
+    record = _replace_step(state.steps[position], state=_RUNNING, started_at=running.started_at)
+    state = _replace(state, stage=_STEPPING, current=position, steps=_with(state.steps, position, record))
     if not plan.in_process:
         effects += [LogStepStarted(running.index), Report(record)]
-    if state.cause is not Cause.NONE:
+    if state.cause:
         effects.append(StopRun(state.grace, state.kill))
     return state, effects
 
@@ -186,17 +199,17 @@ def _on_adopted(state: AttemptState, event: Adopted) -> Next:
 def _on_started(state: AttemptState, event: StepStarted) -> Next:
     index, at = event.index, event.at
     position = state.current
-    if position is None or state.stage is not Stage.LAUNCHING or state.steps[position].index != index:
+    if position is None or state.stage is not _LAUNCHING or state.steps[position].index != index:
         return state, []
-    record = _replace_step(state.steps[position], state=StepState.RUNNING, started_at=at)
+    record = _replace_step(state.steps[position], state=_RUNNING, started_at=at)
     running = _replace(
         state,
-        stage=Stage.STEPPING,
+        stage=_STEPPING,
         steps=_with(state.steps, position, record),
         started_at=state.started_at or at,
     )
     effects: list[Effect] = [] if _is_in_process(state) else [Report(record)]
-    if state.cause is not Cause.NONE:
+    if state.cause:
         # The stop came while the start was under way and may have found nothing to end.
         effects.append(StopRun(state.grace, state.kill))
     return running, effects
@@ -205,12 +218,12 @@ def _on_started(state: AttemptState, event: StepStarted) -> Next:
 def _on_start_failed(state: AttemptState, event: StartFailed) -> Next:
     index, error = event.index, event.error
     position = state.current
-    if position is None or state.stage is not Stage.LAUNCHING or state.steps[position].index != index:
+    if position is None or state.stage is not _LAUNCHING or state.steps[position].index != index:
         return state, []
     # When an answer was lost, a process may be there: end what there may be, look on disk, and hold the attempt until
     # that says so. Of a step that never was, the actor then tells an end with cause ``exec``.
     record = _replace_step(state.steps[position], error=error)
-    unsure = _replace(state, stage=Stage.STEPPING, unsure=True, steps=_with(state.steps, position, record))
+    unsure = _replace(state, stage=_STEPPING, unsure=True, steps=_with(state.steps, position, record))
     return unsure, [StopRun(0.0, True), Inspect(index)]
 
 
@@ -219,6 +232,11 @@ def _on_ended(state: AttemptState, event: StepEnded) -> Next:
     position = state.current
     if position is None or not state.is_alive or state.steps[position].index != end.index:
         return state, []
+    if end.exit_code == 0 and not end.cause and not state.cause and _is_in_process(state):
+        # What most of them come to, by thousands a second: the rules below, where there is one step and it succeeded.
+        record = _replace(state.steps[0], state=_SUCCEEDED, exit_code=0, ended_at=end.ended_at)
+        told = _replace(state, stage=_TELLING, current=None, steps=(record,))
+        return told, [_tell(told)]
     ended = _ended_step(state, end)
     if _is_in_process(state):
         return _onward(ended, [])
@@ -229,7 +247,7 @@ def _ended_step(state: AttemptState, end: StepEnd) -> AttemptState:
     """Books the end of the current step: its record, the first failure, and what its cause means for the attempt."""
     position = state.current
     assert position is not None and state.plan is not None
-    if state.unsure and state.cause is Cause.NONE and end.cause == "stop":
+    if state.unsure and not state.cause and end.cause == "stop":
         # Nobody asked for this stop but ``_on_start_failed``: it ended a step that the host could not start well.
         end = _replace(end, cause="exec", error=None)
     before = state.steps[position]
@@ -246,7 +264,7 @@ def _ended_step(state: AttemptState, end: StepEnd) -> AttemptState:
     )
     state = _replace(
         state,
-        stage=Stage.LAUNCHING,
+        stage=_LAUNCHING,
         current=None,
         unsure=False,
         steps=_with(state.steps, position, record),
@@ -281,11 +299,11 @@ def _judge_step(plan: StepPlan, end: StepEnd, error_before: str | None) -> tuple
         case "exec":
             return StepState.FAILED, f"{name} could not be started: {end.error or error_before or 'unknown error'}"
         case "stop" | "fence":
-            return StepState.CANCELED, error_before or end.error
+            return _CANCELED, error_before or end.error
         case _:
             pass
     if end.exit_code == 0 and end.signal is None:
-        return StepState.SUCCEEDED, None
+        return _SUCCEEDED, None
     if end.signal is not None:
         return StepState.FAILED, f"{name} was killed by signal {end.signal}"
     return StepState.FAILED, end.error or f"{name} ended with exit code {end.exit_code}"
@@ -294,8 +312,8 @@ def _judge_step(plan: StepPlan, end: StepEnd, error_before: str | None) -> tuple
 def _onward(state: AttemptState, effects: list[Effect]) -> Next:
     """Between steps: the next one, or the end. Called with no step running."""
     following = _next_step(state)
-    interrupted = _has(state.steps, StepState.CANCELED)
-    if state.cause is Cause.NONE:
+    interrupted = _has(state.steps, _CANCELED)
+    if not state.cause:
         if interrupted:
             # The shepherd stopped a step that nobody here asked to stop: by a daemon before this one, before it could
             # say why.
@@ -311,7 +329,7 @@ def _onward(state: AttemptState, effects: list[Effect]) -> Next:
         state.cause not in (Cause.LEASE_GONE, Cause.LOST)
         and not interrupted
         and following is None
-        and any(step.state is not StepState.PENDING for step in state.steps)
+        and any(step.state is not _PENDING for step in state.steps)
     ):
         state = _replace(state, cause=Cause.NONE, cause_text="")
     return _flush(state, effects)
@@ -320,17 +338,17 @@ def _onward(state: AttemptState, effects: list[Effect]) -> Next:
 def _flush(state: AttemptState, effects: Sequence[Effect] = ()) -> Next:
     """No process runs any more, nothing more will be started. What has no log is told at once."""
     if _is_in_process(state):
-        told = _replace(state, stage=Stage.TELLING, current=None)
+        told = _replace(state, stage=_TELLING, current=None)
         return told, [*effects, _tell(told)]
     new: list[Effect] = list(effects)
     steps = state.steps
-    if _has(steps, StepState.PENDING):
+    if _has(steps, _PENDING):
         steps = tuple(
-            _replace_step(step, state=StepState.SKIPPED) if step.state is StepState.PENDING else step for step in steps
+            _replace_step(step, state=StepState.SKIPPED) if step.state is _PENDING else step for step in steps
         )
         new += [Report(after) for before, after in zip(state.steps, steps, strict=True) if before is not after]
     new.append(CompleteLog())
-    return _replace(state, stage=Stage.FLUSHING, current=None, steps=steps), new
+    return _replace(state, stage=_FLUSHING, current=None, steps=steps), new
 
 
 def _tell(state: AttemptState) -> Tell:
@@ -349,17 +367,17 @@ def _has(steps: tuple[StepRecord, ...], wanted: StepState) -> bool:
 
 
 def _end_from_outside(state: AttemptState, cause: Cause, text: str, grace: float, kill: bool) -> Next:
-    if state.stage in (Stage.CLEANING, Stage.OVER):
+    if state.stage in (_CLEANING, _OVER):
         return state, []
     if not state.is_alive:
         # Its steps are over: only a lease that is gone still changes what is to be told.
         if cause is not Cause.LEASE_GONE or state.cause is Cause.LEASE_GONE:
             return state, []
         gone = _caused(state, cause, text)
-        if state.stage is Stage.TELLING:
+        if state.stage is _TELLING:
             return gone, [_tell(gone)]
         return gone, []
-    was_stopping = state.cause is not Cause.NONE
+    was_stopping = state.cause
     harder = not was_stopping or (kill and not state.kill) or (not state.kill and grace < state.grace)
     caused = _caused(state, cause, text)
     if not harder:
@@ -375,8 +393,8 @@ def _end_from_outside(state: AttemptState, cause: Cause, text: str, grace: float
 def _on_stop_overdue(state: AttemptState, event: StopOverdue) -> Next:
     if not state.is_alive:
         return state, []
-    if state.stage is Stage.PREPARING:
-        return state, ([AbandonPrepare()] if state.cause is not Cause.NONE else [])
+    if state.stage is _PREPARING:
+        return state, ([AbandonPrepare()] if state.cause else [])
     effects: list[Effect] = [StopRun(0.0, True)]
     if state.unsure and state.current is not None:
         effects.append(Inspect(state.steps[state.current].index))
@@ -414,7 +432,7 @@ def _seconds(seconds: float | None) -> str:
 
 
 def _on_nothing_to_adopt(state: AttemptState, event: NothingToAdopt) -> Next:
-    if state.stage is not Stage.PREPARING:
+    if state.stage is not _PREPARING:
         return state, []
     return _flush(_caused(state, Cause.RELEASE, "the attempt had not begun on this host"))
 
@@ -425,30 +443,30 @@ def _on_timed_out(state: AttemptState, event: JobTimedOut) -> Next:
 
 
 def _on_log_completed(state: AttemptState, event: LogCompleted) -> Next:
-    if state.stage is not Stage.FLUSHING:
+    if state.stage is not _FLUSHING:
         return state, []
-    told = _replace(state, stage=Stage.TELLING)
+    told = _replace(state, stage=_TELLING)
     return told, [_tell(told)]
 
 
 def _on_recorded(state: AttemptState, event: Recorded) -> Next:
-    if state.stage is not Stage.TELLING:
+    if state.stage is not _TELLING:
         return state, []
     # What runs in the daemon leaves nothing behind that would have to be waited for.
-    return _replace(state, stage=Stage.OVER if _is_in_process(state) else Stage.CLEANING), [CleanUp()]
+    return _replace(state, stage=_OVER if _is_in_process(state) else _CLEANING), [CleanUp()]
 
 
 def _on_refused(state: AttemptState, event: Refused) -> Next:
-    if state.stage is not Stage.TELLING or state.cause is Cause.LEASE_GONE:
+    if state.stage is not _TELLING or state.cause is Cause.LEASE_GONE:
         return state, []
     gone = _caused(state, Cause.LEASE_GONE, _SUPERSEDED)
     return gone, [_tell(gone)]
 
 
 def _on_cleaned_up(state: AttemptState, event: CleanedUp) -> Next:
-    if state.stage is not Stage.CLEANING:
+    if state.stage is not _CLEANING:
         return state, []
-    return _replace(state, stage=Stage.OVER), []
+    return _replace(state, stage=_OVER), []
 
 
 RULES: dict[type, Callable[[AttemptState, Any], Next]] = {

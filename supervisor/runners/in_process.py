@@ -75,6 +75,7 @@ class InProcessRunner:
         self.timeout = timeout
         # A set and a callback that is C: a task group of asyncio costs half as much again as the task.
         self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._runs: dict[LeaseId, _Run] = {}
         self._plans: dict[str, Plan] = {}
         """The last plan of each kind: those of most of its jobs are the same."""
@@ -84,6 +85,7 @@ class InProcessRunner:
         self._unguard_timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> InProcessRunner:
+        self._loop = asyncio.get_running_loop()
         return self
 
     async def __aexit__(
@@ -179,7 +181,8 @@ class InProcessRunner:
         return run.started_at
 
     def _own(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
+        assert self._loop is not None
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

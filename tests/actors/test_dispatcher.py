@@ -51,9 +51,10 @@ class StubJob:
         self.abandoned = False
         self._crash = crash
 
-    def begin(self, owner: Owner, on_over: Callable[[Exception | None], None]) -> None:
+    def begin(self, owner: Owner, on_over: Callable[[Exception | None], None]) -> bool:
         if self._crash:
             asyncio.get_running_loop().call_soon(on_over, ValueError("boom"))
+        return False
 
     def abandon(self) -> None:
         self.abandoned = True
