@@ -17,7 +17,7 @@ import environments
 import uvloop
 from measured import Bar, Findings, Sampler, at_least, interleave, of_samples, rate, ratio, repeats, unmeasured
 
-from supervisor.mailbox import Ask, Lane, Mailbox, Request
+from supervisor.mailbox import Ask, Lane, Mailbox, Request, Turns
 
 MESSAGES = 100_000
 ASKS = 10_000
@@ -27,14 +27,16 @@ ROOM = 1024
 TELLS = {
     "data": "mailbox: messages, data lane",
     "control": "mailbox: messages, control lane",
+    "served": "mailbox: messages, data lane, served without a task",
     "queue": "asyncio.Queue: messages",
     "anyio": "anyio memory stream: messages",
     "pykka": "Pykka: messages",
 }
 ASKED = {
     "mailbox": "mailbox: asks",
+    "served": "mailbox: asks, served without a task",
     "queue": "asyncio.Queue and a future: asks",
-    "anyio": "anyio memory stream and a future: asks",
+    "anyio": "anyio memory stream and an Event: asks",
     "pykka": "Pykka: asks",
 }
 
@@ -52,11 +54,13 @@ async def _run(rounds: int) -> Findings:
     tells: dict[str, Sampler] = {
         "data": rate(MESSAGES, lambda: through_mailbox(Lane.DATA)),
         "control": rate(MESSAGES, lambda: through_mailbox(Lane.CONTROL)),
+        "served": rate(MESSAGES, through_served),
         "queue": rate(MESSAGES, through_queue),
         "anyio": rate(MESSAGES, through_anyio),
     }
     asks: dict[str, Sampler] = {
         "mailbox": rate(ASKS, ask_mailbox),
+        "served": rate(ASKS, ask_served),
         "queue": rate(ASKS, ask_queue),
         "anyio": rate(ASKS, ask_anyio),
     }
@@ -71,7 +75,8 @@ async def _run(rounds: int) -> Findings:
     rows = [of_samples(TELLS[name], "/s", rates, f"bursts of {BURST}") for name, rates in told.items()]
     rows += [of_samples(ASKED[name], "/s", rates, "one after the other") for name, rates in asked.items()]
     bars = []
-    for mine, samples, against in (("data", told, TELLS), ("control", told, TELLS), ("mailbox", asked, ASKED)):
+    compared = (("data", told, TELLS), ("control", told, TELLS), ("mailbox", asked, ASKED), ("served", asked, ASKED))
+    for mine, samples, against in compared:
         for other, bound in (("queue", 0.7), ("anyio", 1.0), ("pykka", 1.0)):
             bars.append(_bar(f"{against[mine]}, to {against[other].partition(':')[0]}", samples, mine, other, bound))
     return Findings(rows, bars, notes=notes)
@@ -106,6 +111,26 @@ async def through_mailbox(lane: Lane) -> None:
     await tell_all(lambda number: mailbox.tell(number, lane), mailbox.receive)
 
 
+async def through_served() -> None:
+    mailbox: Mailbox[int] = Mailbox("bench", data=ROOM)
+    seen = 0
+    done = asyncio.Event()
+
+    def handle(item: int | Ask[Any]) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == MESSAGES:
+            done.set()
+
+    mailbox.serve(handle, Turns())
+    for start in range(0, MESSAGES, BURST):
+        for number in range(start, min(start + BURST, MESSAGES)):
+            mailbox.tell(number)
+        await asyncio.sleep(0)
+    await done.wait()
+    mailbox.close()
+
+
 async def through_queue() -> None:
     queue: asyncio.Queue[int] = asyncio.Queue(ROOM)
     await tell_all(lambda number: queue.put_nowait(number), queue.get)
@@ -136,31 +161,53 @@ async def ask_mailbox() -> None:
     await answering
 
 
-async def ask_through(put: Callable[[Any], object], receive: Callable[[], Awaitable[Any]]) -> None:
+async def ask_served() -> None:
+    mailbox: Mailbox[Question] = Mailbox("bench")
+
+    def handle(item: Question | Ask[Any]) -> None:
+        assert isinstance(item, Ask)
+        item.answer(1)
+
+    mailbox.serve(handle, Turns())
+    for _ in range(ASKS):
+        await mailbox.ask(Question(), timeout=10)
+    mailbox.close()
+
+
+async def ask_queue() -> None:
+    queue: asyncio.Queue[tuple[Question, asyncio.Future[int]]] = asyncio.Queue(ROOM)
     loop = asyncio.get_running_loop()
 
     async def actor() -> None:
         for _ in range(ASKS):
-            _, future = await receive()
+            _, future = await queue.get()
             future.set_result(1)
 
     answering = asyncio.create_task(actor())
     for _ in range(ASKS):
         future = loop.create_future()
-        put((Question(), future))
-        await future
+        queue.put_nowait((Question(), future))
+        assert await future == 1
     await answering
 
 
-async def ask_queue() -> None:
-    queue: asyncio.Queue[Any] = asyncio.Queue(ROOM)
-    await ask_through(lambda item: queue.put_nowait(item), queue.get)
-
-
 async def ask_anyio() -> None:
-    send, receive = anyio.create_memory_object_stream[Any](ROOM)
+    send, receive = anyio.create_memory_object_stream[tuple[Question, anyio.Event, list[int]]](ROOM)
+
+    async def actor() -> None:
+        for _ in range(ASKS):
+            _, answered, box = await receive.receive()
+            box.append(1)
+            answered.set()
+
     with send, receive:
-        await ask_through(lambda item: send.send_nowait(item), receive.receive)
+        answering = asyncio.create_task(actor())
+        for _ in range(ASKS):
+            answered, box = anyio.Event(), list[int]()
+            send.send_nowait((Question(), answered, box))
+            await answered.wait()
+            assert box == [1]
+        await answering
 
 
 async def pykka(python: str, which: int) -> float:

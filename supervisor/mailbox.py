@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -60,6 +61,7 @@ class Told(enum.Enum):
 
 
 _OK = Told.OK
+_DATA = Lane.DATA
 
 
 class Ask(Generic[R]):
@@ -144,8 +146,12 @@ class Mailbox(Generic[M]):
         if self._closed:
             self._dropped += 1
             return Told.CLOSED
-        queue = self._data if lane else self._control
-        if len(queue) >= (self._data_bound if lane else self._control_bound):
+        # Not by its truth: an enum's is slow.
+        if lane is _DATA:
+            queue, bound = self._data, self._data_bound
+        else:
+            queue, bound = self._control, self._control_bound
+        if len(queue) >= bound:
             self._dropped += 1
             return Told.FULL
         queue.append((self._clock(), message))
@@ -162,22 +168,23 @@ class Mailbox(Generic[M]):
 
         Raises Busy (lane full), ActorGone (closed, now or meanwhile), TimeoutError, or what the actor failed it with.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[R] = loop.create_future()
+        asks = self._asks
+        if asks is None:
+            asks = self._asks = _Unanswered(asyncio.get_running_loop())
+        future: asyncio.Future[R] = asks.loop.create_future()
         ask = Ask(request, future)
         told = self.tell(ask, Lane.CONTROL)
         if told is Told.FULL:
             raise Busy(f"{self.name} has too many requests waiting")
         if told is Told.CLOSED:
             raise ActorGone(f"{self.name} has ended")
-        asks = self._asks
-        if asks is None:
-            asks = self._asks = _Unanswered(loop)
-        asks.add(ask, timeout)
+        asks.deadlines[ask] = deadline = asks.loop.time() + timeout
+        if deadline < asks.alarm_at:
+            asks.wake_at(deadline)
         try:
             return await future
         finally:
-            asks.remove(ask)
+            del asks.deadlines[ask]
 
     async def receive(self) -> M | Ask[Any]:
         """The next item, control first. Raises ActorGone once the mailbox is closed. One receiver at a time."""
@@ -185,7 +192,7 @@ class Mailbox(Generic[M]):
             lane = self._control or self._data
             if lane:
                 item = lane.popleft()[1]
-                if isinstance(item, Ask) and item.is_over:
+                if isinstance(item, Ask) and item._future.done():
                     continue
                 self._handled += 1
                 return item
@@ -204,7 +211,7 @@ class Mailbox(Generic[M]):
         """The next item, or None where nothing waits (or it is closed): for taking a batch after the first."""
         while lane := self._control or self._data:
             item = lane.popleft()[1]
-            if isinstance(item, Ask) and item.is_over:
+            if isinstance(item, Ask) and item._future.done():
                 continue
             self._handled += 1
             return item
@@ -226,7 +233,7 @@ class Mailbox(Generic[M]):
             if not lane or self._serve is None:
                 return
             item = lane.popleft()[1]
-            if isinstance(item, Ask) and item.is_over:
+            if isinstance(item, Ask) and item._future.done():
                 continue
             self._handled += 1
             self._serve(item)
@@ -277,44 +284,42 @@ class Mailbox(Generic[M]):
 
 class _Unanswered:
     """The asks of a mailbox that wait, with one timer for all: most are answered long before their deadline, and a
-    timer of its own costs an ask more than all the rest."""
+    timer of its own costs an ask more than all the rest. ``alarm_at``: when it rings; infinity where it is not set."""
 
-    __slots__ = ("_alarm", "_deadlines", "_loop")
+    __slots__ = ("_alarm", "alarm_at", "deadlines", "loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._deadlines: dict[Ask[Any], float] = {}
+        self.deadlines: dict[Ask[Any], float] = {}
+        self.alarm_at = math.inf
         self._alarm: asyncio.TimerHandle | None = None
+        self.loop = loop
 
-    def add(self, ask: Ask[Any], timeout: float) -> None:
-        self._deadlines[ask] = deadline = self._loop.time() + timeout
-        if self._alarm is None or deadline < self._alarm.when():
-            self._wake_at(deadline)
-
-    def remove(self, ask: Ask[Any]) -> None:
-        del self._deadlines[ask]
+    def wake_at(self, deadline: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = self.loop.call_at(deadline, self._expire)
+        self.alarm_at = deadline
 
     def fail(self, error: Callable[[], BsupError]) -> None:
         """Fails them all, each with an error of its own. What is asked after that sets the timer again."""
+        self._silence()
+        for ask in self.deadlines:
+            ask.fail(error())
+
+    def _silence(self) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
-        for ask in self._deadlines:
-            ask.fail(error())
-
-    def _wake_at(self, deadline: float) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
-        self._alarm = self._loop.call_at(deadline, self._expire)
+        self.alarm_at = math.inf
 
     def _expire(self) -> None:
-        self._alarm = None
-        now = self._loop.time()
-        for ask, deadline in self._deadlines.items():
+        self._silence()
+        now = self.loop.time()
+        for ask, deadline in self.deadlines.items():
             if deadline <= now:
                 ask.fail(TimeoutError())
-        if left := [deadline for deadline in self._deadlines.values() if deadline > now]:
-            self._wake_at(min(left))
+        if left := [deadline for deadline in self.deadlines.values() if deadline > now]:
+            self.wake_at(min(left))
 
 
 class Turns:
