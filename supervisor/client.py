@@ -8,6 +8,7 @@ small synchronous one of its own, as it must start fast. Errors that the daemon 
 from __future__ import annotations
 
 import socket
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
@@ -21,13 +22,10 @@ from supervisor.framing import (
     DaemonUnreachable,
     FrameDecoder,
     FrameTooLarge,
-    Reply,
-    decode_reply,
-    decode_result,
+    decode_item,
     encode_call,
-    error_from,
 )
-from supervisor.model.errors import InvalidInput
+from supervisor.model.errors import BsupError, InvalidInput
 from supervisor.model.job import EventRow, HostRow, State
 from supervisor.protocol import (
     MAX_FRAME,
@@ -77,6 +75,8 @@ from supervisor.protocol import (
 
 R = TypeVar("R", bound=msgspec.Struct)
 T = TypeVar("T")
+
+_READ = 256 << 10
 
 
 class Client:
@@ -206,12 +206,15 @@ class Client:
         connection = await self._take()
         try:
             await connection.send(_frame(method, asked, more=False))
-            reply = await connection.receive()
+            reply, _ = await connection.receive(form)
+        except BsupError:
+            await self._give_back(connection)
+            raise
         except BaseException:
             await connection.aclose()
             raise
         await self._give_back(connection)
-        return _result(reply, form)
+        return reply
 
     async def _stream(
         self, method: str, asked: Parameters, form: type[R], pick: Callable[[R], T | None]
@@ -222,11 +225,15 @@ class Client:
         try:
             await connection.send(frame)
             while not over:
-                reply = await connection.receive()
-                over = not reply.continues
-                item = pick(_result(reply, form))
+                reply, continues = await connection.receive(form)
+                over = not continues
+                item = pick(reply)
                 if item is not None:
                     yield item
+        except BsupError:
+            # The daemon's: it ends the stream, and the connection is good for another call.
+            over = True
+            raise
         finally:
             if over:
                 await self._give_back(connection)
@@ -255,7 +262,7 @@ class _Connection:
         self._stream = stream
         self._path = path
         self._decoder = FrameDecoder(MAX_REPLY)
-        self._frames: list[bytes] = []
+        self._frames: deque[bytes] = deque()
         self.is_usable = True
 
     @classmethod
@@ -283,15 +290,22 @@ class _Connection:
             # The daemon closed it, and may have said why before: whoever receives next learns that, or that it is gone.
             self.is_usable = False
 
-    async def receive(self) -> Reply:
+    async def receive(self, form: type[R]) -> tuple[R, bool]:
+        """The next reply, and whether others follow. Raises the error that it tells."""
         while not self._frames:
             try:
-                self._frames = self._decoder.feed(await self._stream.receive())
+                self._frames.extend(self._decoder.feed(await self._stream.receive(_READ)))
             except (OSError, anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+                self.is_usable = False
                 raise DaemonUnreachable(f"the daemon on {self._path} closed the connection") from None
             except FrameTooLarge as error:
+                self.is_usable = False
                 raise BadFrame(f"unexpected reply: {error}") from None
-        return decode_reply(self._frames.pop(0))
+        try:
+            return decode_item(self._frames.popleft(), form)
+        except BadFrame:
+            self.is_usable = False
+            raise
 
     async def aclose(self) -> None:
         self.is_usable = False
@@ -303,9 +317,3 @@ def _frame(method: str, asked: Parameters, *, more: bool) -> bytes:
     if len(frame) > MAX_FRAME + 1:
         raise InvalidInput("spec" if method == "Submit" else "parameters", "is too large", f"at most {MAX_FRAME} bytes")
     return frame
-
-
-def _result(reply: Reply, form: type[R]) -> R:
-    if reply.error is not None:
-        raise error_from(reply)
-    return decode_result(reply.parameters, form)

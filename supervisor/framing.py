@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 
@@ -57,6 +57,21 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
     error: str | None = None
 
 
+class _Streamed(msgspec.Struct):
+    """A Reply whose parameters are not encoded yet."""
+
+    parameters: msgspec.Struct
+    continues: bool = True
+
+
+class _Item(msgspec.Struct, Generic[S]):
+    """A Reply that is no error, with its parameters decoded at once."""
+
+    parameters: S
+    continues: bool = False
+    error: str | None = None
+
+
 class FrameTooLarge(BsupError):
     """The peer sent a frame over the limit; the connection can't be used any further."""
 
@@ -67,6 +82,10 @@ class FrameTooLarge(BsupError):
 
 class BadFrame(BsupError):
     """The peer sent what is no varlink call or reply."""
+
+
+class UnexpectedReply(BadFrame):
+    """A reply that is not of the form that its call's reply has: the daemon is not one that we can talk to."""
 
 
 class FrameDecoder:
@@ -116,11 +135,10 @@ def encode_frame(message: Call | Reply) -> bytes:
     return _ENCODER.encode(message) + b"\0"
 
 
-def append_reply(buffer: bytearray, value: msgspec.Struct) -> None:
-    """Appends the frame of a reply that others follow: for streams of many, which go out many to a write."""
-    buffer += b'{"parameters":'
-    _ENCODER.encode_into(value, buffer, -1)
-    buffer += b',"continues":true}\0'
+def encode_stream(values: Iterable[msgspec.Struct]) -> bytes:
+    """The frames of replies that others follow, made in one go: for streams of thousands."""
+    # No JSON text holds a raw newline.
+    return _ENCODER.encode_lines([_Streamed(value) for value in values]).replace(b"\n", b"\0")
 
 
 def encode_call(method: str, params: Parameters, *, more: bool = False) -> bytes:
@@ -165,17 +183,37 @@ def decode_params(raw: msgspec.Raw, form: type[S]) -> S:
 
 
 def decode_result(raw: msgspec.Raw, form: type[S]) -> S:
-    """A reply's parameters. Raises BadFrame: the daemon is not one that we can talk to."""
+    """A reply's parameters. Raises UnexpectedReply."""
     try:
         result: S = _decoder(form).decode(raw)
         return result
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadFrame(f"unexpected reply: {error}") from None
+        raise UnexpectedReply(f"unexpected reply: {error}") from None
+
+
+def decode_item(frame: bytes, form: type[S]) -> tuple[S, bool]:
+    """A reply's parameters, and whether others follow. Raises the error that it tells, or BadFrame."""
+    try:
+        item: _Item[S] = _items(form).decode(frame)
+        if item.error is None:
+            return item.parameters, item.continues
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        pass
+    # An error, whose parameters have a form of their own; or it is wrong, and ``decode_reply`` says in what.
+    reply = decode_reply(frame)
+    if reply.error is not None:
+        raise error_from(reply)
+    return decode_result(reply.parameters, form), reply.continues
 
 
 @functools.cache
 def _decoder(form: type[msgspec.Struct]) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(form)
+
+
+@functools.cache
+def _items(form: type[msgspec.Struct]) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(_Item[form])  # type: ignore[valid-type]  # a type made while running
 
 
 def _as_invalid(text: str, form: type[msgspec.Struct]) -> InvalidInput:

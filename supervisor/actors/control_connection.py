@@ -5,8 +5,8 @@ May import ``framing``, ``protocol``, ``varlink_idl`` and anyio. The control act
 Rules that hold:
 
 - Calls are answered in the order in which they came; while one runs, ``max_frame`` bytes or so of others is kept.
-- A reply (of a long stream: ``_WRITE`` bytes of them) is made only once what came before is in the kernel, so a peer
-  that reads nothing costs that much memory, and is dropped after ``slow_timeout``; nobody else waits for it.
+- A reply (of a long stream: ``_AT_ONCE`` of them) is made only once what came before is in the kernel, so a peer that
+  reads nothing costs that much memory, and is dropped after ``slow_timeout``; nobody else waits for it.
 - A peer that is gone ends its running call. One that merely shut down its writing end still gets its answers.
 - What can't be read as a call is answered once, then the connection is closed: after it no frame border can be trusted.
 """
@@ -36,10 +36,10 @@ from supervisor.framing import (
     FrameTooLarge,
     InternalError,
     Reply,
-    append_reply,
     decode_call,
     decode_params,
     encode_frame,
+    encode_stream,
     error_reply,
     pack,
     service_error,
@@ -57,8 +57,8 @@ Handler = Callable[[Any, Peer], Replies]
 """Answers one call: gives its replies. The parameters are of the method's own struct in ``METHODS``."""
 
 _READ: Final = 64 << 10
-_WRITE: Final = 128 << 10
-"""Bytes of a stream's replies, or the one reply that is larger, in one write."""
+_AT_ONCE: Final = 200
+"""Replies of a stream in one write, where so many are there."""
 _HANGUP_CHECK: Final = 1.0
 _FAIRNESS: Final = 16
 """Replies sent in a row before others get the loop: a send that fits into the kernel's buffer does not wait."""
@@ -285,15 +285,9 @@ class Connection:
     async def _reply_many(self, call: Call, replies: Sequence[msgspec.Struct]) -> None:
         if call.oneway:
             return
-        data = bytearray()
-        for reply in replies:
-            append_reply(data, reply)
-            if len(data) >= _WRITE:
-                await self._write(data)
-                await checkpoint()
-                data = bytearray()
-        if data:
-            await self._write(data)
+        for at in range(0, len(replies), _AT_ONCE):
+            await self._write(encode_stream(replies[at : at + _AT_ONCE]))
+            await checkpoint()
 
     async def _send(self, reply: Reply) -> None:
         data = encode_frame(reply)
@@ -301,7 +295,7 @@ class Connection:
             data = encode_frame(error_reply(InternalError(f"the reply is larger than {MAX_REPLY} bytes")))
         await self._write(data)
 
-    async def _write(self, data: bytes | bytearray) -> None:
+    async def _write(self, data: bytes) -> None:
         try:
             with anyio.fail_after(self._limits.slow_timeout):
                 await asyncio.get_running_loop().sock_sendall(self._sock, data)

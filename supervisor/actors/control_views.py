@@ -5,7 +5,6 @@ May import ``model``, ``messages`` and ``protocol``. Called by the control actor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -20,7 +19,8 @@ STREAMS = {Stream.OUT: LogStream.OUT, Stream.ERR: LogStream.ERR, Stream.NOTE: Lo
 
 
 def job_view(row: JobRow, now: datetime, live: RunningJob | None = None) -> JobView:
-    """A job as the database has it; ``live`` adds what only its host knows, if it tells of the same attempt."""
+    """A job as the database has it; ``live`` adds what only its host knows, if it tells of the same attempt. The times
+    of both are in UTC."""
     state = row.state
     is_running = state is State.RUNNING
     here = live if live is not None and is_running and live.attempt == row.attempt else None
@@ -31,9 +31,9 @@ def job_view(row: JobRow, now: datetime, live: RunningJob | None = None) -> JobV
         row.name,
         row.kind,
         state,
-        exit_code(row.exit_code, row.signal, ok=state is State.SUCCEEDED),
+        None if is_running else exit_code(row.exit_code, row.signal, ok=state is State.SUCCEEDED),
         row.signal,
-        here.phase if here else None,
+        None if here is None else here.phase,
         _progress(here or row),
         row.host,
         _seconds(row.submitted_at, now),
@@ -49,12 +49,12 @@ def job_view(row: JobRow, now: datetime, live: RunningJob | None = None) -> JobV
         row.priority,
         row.parents_left,
         row.submitter,
-        _utc(row.submitted_at),
-        _utc(row.ready_at),
-        _utc(row.run_at),
-        _utc(started_at),
-        _utc(row.ended_at),
-        _utc(row.stop_asked_at),
+        row.submitted_at,
+        row.ready_at,
+        row.run_at,
+        started_at,
+        row.ended_at,
+        row.stop_asked_at,
         row.lease,
         row.error,
         row.reason,
@@ -164,4 +164,5 @@ def _seconds(begin: datetime | None, end: datetime | None) -> float | None:
     """Rounded to a millisecond; never below 0, as the two may come from two clocks."""
     if begin is None or end is None:
         return None
-    return math.floor(max(0.0, (end - begin).total_seconds()) * 1000) / 1000
+    seconds = (end - begin).total_seconds()
+    return int(seconds * 1000) / 1000 if seconds > 0 else 0.0

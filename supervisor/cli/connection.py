@@ -19,11 +19,9 @@ from supervisor.framing import (
     BadFrame,
     FrameDecoder,
     FrameTooLarge,
-    Reply,
-    decode_reply,
-    decode_result,
+    UnexpectedReply,
+    decode_item,
     encode_call,
-    error_from,
 )
 from supervisor.protocol import INTERFACE, MAX_REPLY, Parameters
 
@@ -65,13 +63,13 @@ class Connection:
     def call(self, method: str, params: Parameters, reply: type[S], *, timeout: float | None = ANSWER_TIMEOUT) -> S:
         """One call with one answer. Raises the daemon's error, or Unreachable."""
         self._send(method, params, more=False)
-        answer = self._receive(None if timeout is None else time.monotonic() + timeout)
-        if isinstance(answer, Tick):
+        frame = self._receive(None if timeout is None else time.monotonic() + timeout)
+        if frame is None:
             raise Unreachable(
                 f"the daemon at {self.path} did not answer within {timeout:g} s",
                 "it may hang: its log says more; `bsup doctor` checks what it depends on",
             )
-        return self._result(answer, reply)
+        return self._item(frame, reply)[0]
 
     def stream(self, method: str, params: Parameters, reply: type[S]) -> Iterator[S]:
         """One call with a stream of answers; the last reply ends it and holds no item."""
@@ -83,14 +81,14 @@ class Connection:
         """As ``stream``, with TICK each ``every`` seconds in which nothing came."""
         self._send(method, params, more=True)
         while True:
-            answer = self._receive(None if every is None else time.monotonic() + every)
-            if isinstance(answer, Tick):
-                yield answer
+            frame = self._receive(None if every is None else time.monotonic() + every)
+            if frame is None:
+                yield TICK
                 continue
-            result = self._result(answer, reply)
-            if not answer.continues:
+            item, continues = self._item(frame, reply)
+            if not continues:
                 return
-            yield result
+            yield item
 
     def _connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -132,13 +130,14 @@ class Connection:
             # It may have said why before it hung up.
             return
 
-    def _receive(self, deadline: float | None) -> Reply | Tick:
+    def _receive(self, deadline: float | None) -> bytes | None:
+        """The next reply; None: nothing came in time."""
         while not self._frames:
             try:
                 self._socket.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
                 data = self._socket.recv(1 << 18)
             except TimeoutError:
-                return TICK
+                return None
             except OSError as error:
                 raise Unreachable(f"lost the daemon at {self.path}: {error.strerror}", _LOST) from None
             if not data:
@@ -147,21 +146,18 @@ class Connection:
                 self._frames.extend(self._decoder.feed(data))
             except FrameTooLarge as error:
                 raise CommandError(f"the daemon's answer is too large: {error}") from None
-        try:
-            return decode_reply(self._frames.popleft())
-        except BadFrame:
-            raise _not_bsup(self.path) from None
+        return self._frames.popleft()
 
-    def _result(self, answer: Reply, reply: type[S]) -> S:
-        if answer.error is not None:
-            raise error_from(answer)
+    def _item(self, frame: bytes, form: type[S]) -> tuple[S, bool]:
         try:
-            return decode_result(answer.parameters, reply)
-        except BadFrame as error:
+            return decode_item(frame, form)
+        except UnexpectedReply as error:
             raise CommandError(
                 f"the daemon at {self.path} answers in a form that this command does not know: {error}",
                 "`bsup version` compares their versions",
             ) from None
+        except BadFrame:
+            raise _not_bsup(self.path) from None
 
 
 _LOST = "jobs that run go on; it may be restarting: try again, or read its log"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -11,10 +12,11 @@ from supervisor.model.errors import UnknownJob
 from supervisor.model.job import FINAL_STATES, AttemptRow, EventRow, Filter, HostRow, JobRow, State, StepRecord
 from supervisor.ports import StopResult
 from supervisor.store.connection import Link
-from supervisor.store.rows import attempt_of, job_of, step_of
+from supervisor.store.rows import Row, attempt_of, job_of, step_of
 
-PAGE = 500
-AFTER_ALL_IDS = 2**63 - 1
+FIRST_PAGE = 200
+PAGE = 1000
+AFTER_ALL_IDS = MOST_JOBS = 2**63 - 1
 
 
 class Users:
@@ -34,29 +36,36 @@ class Users:
                 return
         states = set(where.states) or ({*State} if where.all else {*State} - FINAL_STATES)
         otherwise = [state.value for state in states & {State.FAILED, State.CANCELED}]
-        before, left = AFTER_ALL_IDS, where.limit
-        while left is None or left > 0:
-            size = PAGE if left is None else min(PAGE, left)
-            rows = await self._users.rows(
-                "list_jobs",
-                before,
-                size,
-                needs,
-                State.WAITING in states,
-                State.READY in states,
-                State.RUNNING in states,
-                State.SUCCEEDED in states,
-                bool(otherwise),
-                otherwise,
-                reading=True,
-            )
-            if rows:
-                yield [job_of(row) for row in rows]
-            # A page is full or the last; jobs that moved meanwhile can't make it shorter, as it is one statement.
-            if len(rows) < size:
-                return
-            before = rows[-1]["id"]
-            left = None if left is None else left - len(rows)
+        which = (
+            needs,
+            State.WAITING in states,
+            State.READY in states,
+            State.RUNNING in states,
+            State.SUCCEEDED in states,
+            bool(otherwise),
+            otherwise,
+        )
+
+        def ask(before: int, size: int) -> asyncio.Task[Sequence[Row]]:
+            return asyncio.create_task(self._users.rows("list_jobs", before, size, *which, reading=True))
+
+        left = MOST_JOBS if where.limit is None else where.limit
+        size = min(FIRST_PAGE, left)
+        ahead = ask(AFTER_ALL_IDS, size) if left > 0 else None
+        try:
+            while ahead is not None:
+                rows = await ahead
+                left -= len(rows)
+                # A page is full or the last; jobs that moved meanwhile can't make it shorter, as it is one statement.
+                # The server makes the next one while the caller works on this one.
+                is_last = len(rows) < size or left <= 0
+                size = min(PAGE, left)
+                ahead = None if is_last else ask(rows[-1]["id"], size)
+                if rows:
+                    yield [job_of(row) for row in rows]
+        finally:
+            if ahead is not None:
+                ahead.cancel()
 
     async def show(self, job: int) -> tuple[JobRow, dict[str, Any], list[int], list[int]]:
         (row,) = await self.states([job])

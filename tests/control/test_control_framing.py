@@ -20,11 +20,11 @@ from supervisor.framing import (
     FrameDecoder,
     FrameTooLarge,
     Reply,
-    append_reply,
     decode_call,
     decode_params,
     decode_reply,
     encode_frame,
+    encode_stream,
     error_from,
     error_reply,
     pack,
@@ -182,7 +182,6 @@ def test_an_error_of_another_version_still_says_its_name() -> None:
 @given(st.lists(st.text(max_size=20), max_size=5))
 def test_replies_in_one_write_are_the_frames_they_are_alone(names: list[str]) -> None:
     replies = [ListReply(JobView(id=1, name=name, kind="steps", state=State.READY)) for name in names]
-    data = bytearray()
-    for reply in replies:
-        append_reply(data, reply)
-    assert bytes(data) == b"".join(encode_frame(Reply(parameters=pack(reply), continues=True)) for reply in replies)
+    assert encode_stream(replies) == b"".join(
+        encode_frame(Reply(parameters=pack(reply), continues=True)) for reply in replies
+    )

@@ -472,11 +472,12 @@ class TestReading:
             assert msgspec.structs.asdict(row) == {
                 name: lease if name == "lease" else stored[name] for name in JobRow.__struct_fields__
             }
+            assert row.submitted_at.tzinfo is UTC
 
     async def test_lists_go_on_over_pages(self, store: PgStore, sql: asyncpg.Connection) -> None:
-        await sql.execute("SELECT bsup.submit($1) FROM generate_series(1, 1100)", msgspec.json.encode(spec()).decode())
+        await sql.execute("SELECT bsup.submit($1) FROM generate_series(1, 1300)", msgspec.json.encode(spec()).decode())
         found = [row.id async for page in store.list_jobs(Filter()) for row in page]
-        assert len(found) == 1100 and found == sorted(found, reverse=True)
+        assert len(found) == 1300 and found == sorted(found, reverse=True)
         assert sum([len(page) async for page in store.list_jobs(Filter(limit=501))]) == 501
 
     async def test_show_masks_secrets_and_names_neighbours(self, store: PgStore) -> None:
