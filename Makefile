@@ -11,11 +11,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 TESTS ?=
+BENCH ?=
 
-.PHONY: help setup demo test test-pg check format docs bench clean
+.PHONY: help setup demo test test-pg check format docs bench bench-quick clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## install bsup and its tools into .venv
 
@@ -50,8 +51,11 @@ format: $(STAMP) ## format the code
 docs: $(STAMP) ## show the docs at http://localhost:8000
 	$(BIN)/zensical serve
 
-bench: $(STAMP) ## measure the parts; writes benchmarks/RESULTS.md
-	$(BIN)/python benchmarks/run.py
+bench: $(STAMP) ## measure bsup and its peers (25 minutes); writes benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/run.py $(BENCH)
+
+bench-quick: $(STAMP) ## measure the core of it (3 minutes); RESULTS.md keeps the rest
+	$(BIN)/python benchmarks/run.py --quick $(BENCH)
 
 clean: ## remove what was built (not .venv)
 	rm -rf site build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -52,6 +52,10 @@ class Client:
         """The same; returns when it was committed."""
         return (await self._ask(f"bulk {first} {count}"))[1]
 
+    async def whole(self, first: int, count: int) -> None:
+        """The same in one transaction."""
+        await self._ask(f"whole {first} {count}")
+
     async def one(self, number: int) -> int:
         """Submits one job; returns when it was committed."""
         return (await self._ask(f"one {number}"))[1]
@@ -163,6 +167,24 @@ class Arena:
                 ended = time.monotonic_ns()
                 stamps = working.stamps
                 return Drained(jobs / (ended - stamps.first()) * 1e9, jobs / (ended - stamps.began()) * 1e9)
+        finally:
+            await connection.close()
+
+    async def drain_waiting(self, contestant: Contestant, jobs: int, count: int) -> float:
+        """Commits jobs at once while ``count`` idle workers wait for them; their rate."""
+        database = await self.fresh(contestant)
+        connection = await self.settled(database)
+        try:
+            async with (
+                self.client(contestant, database) as client,
+                self.workers(contestant, database, count) as working,
+            ):
+                await working.begun()
+                await asyncio.sleep(IDLE)
+                await client.whole(0, jobs)
+                await working.until(jobs)
+                await none_left(connection, contestant, working)
+                return jobs / (time.monotonic_ns() - working.stamps.first()) * 1e9
         finally:
             await connection.close()
 

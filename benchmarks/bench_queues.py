@@ -9,7 +9,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from arena import Arena
-from contestants import BARE, BSUP, GRAPHILE, OBAN, PEERS_ALL, PGQUEUER, PROCRASTINATE, Contestant, Missing
+from contestants import BARE, BSUP, DRAIN, GRAPHILE, OBAN, PEERS_ALL, PGQUEUER, PROCRASTINATE, Contestant, Missing
 from measured import Bar, Findings, Measured, at_least, at_most, interleave, of_samples, percentile, ratio, unmeasured
 
 BULK = 100_000
@@ -23,6 +23,7 @@ async def run(quick: bool) -> Findings:
     bench = Queues(arena, quick)
     try:
         await bench.drains()
+        await bench.two_at_work(3 if quick else 5)
         await bench.bulks()
         await bench.pickups()
         return Findings(bench.measured, bench.bars, bench.series, bench.notes)
@@ -52,24 +53,12 @@ class Queues:
             submitted.setdefault(contestant.key, []).append(contestant.jobs / seconds)
             return (await self.arena.drain(contestant, database, contestant.jobs)).rate
 
-        async def two(contestant: Contestant) -> float:
-            database = await self.arena.fresh(contestant)
-            async with self.arena.client(contestant, database) as client:
-                await client.bulk(0, contestant.jobs)
-            return (await self.arena.drain(contestant, database, contestant.jobs, 2)).rate
-
         rounds = 3 if self.quick else 5
         found = await self._in_turn(everybody, drain, rounds)
         for contestant in of_those(everybody, found):
             what = DRAINED.format(jobs=contestant.jobs, label=contestant.label)
             self._row(what, "jobs/s", found[contestant.key], contestant.settings)
         if not self.quick:
-            pairs = (BSUP, PGQUEUER, GRAPHILE)
-            twos = await self._in_turn(pairs, two, rounds)
-            for contestant in of_those(pairs, twos):
-                what = f"the same by two processes: {contestant.label}"
-                self._row(what, "jobs/s", twos[contestant.key], contestant.settings)
-            self._bar_ratio("drain with two daemons, to one", twos.get("bsup"), found.get("bsup"), 1.0)
             for contestant in of_those(everybody, submitted):
                 if contestant not in (BSUP, BARE, PGQUEUER, GRAPHILE):
                     what = f"bulk submit of {contestant.jobs:,}: {contestant.label}"
@@ -80,6 +69,32 @@ class Queues:
             {"who": contestant.label, "jobs_per_s": of_samples("", "", found[contestant.key]).value}
             for contestant in of_those(everybody, found)
         ]
+
+    async def two_at_work(self, rounds: int) -> None:
+        """Both wait when the jobs are committed: so both begin with the first."""
+
+        def daemons(count: int) -> Callable[[], Awaitable[float | None]]:
+            return lambda: self._guarded(BSUP, lambda _: self.arena.drain_waiting(BSUP, DRAIN, count))
+
+        found = await interleave({"one": daemons(1), "two": daemons(2)}, rounds)
+        for name, samples in found.items():
+            if samples:
+                self._row(f"{DRAIN:,} committed at once while {name} of bsup's daemons waits", "jobs/s", samples)
+        self._bar_ratio("drain with two daemons, to one", found["two"], found["one"], 1.0)
+        if self.quick:
+            return
+
+        async def two(contestant: Contestant) -> float:
+            database = await self.arena.fresh(contestant)
+            async with self.arena.client(contestant, database) as client:
+                await client.bulk(0, contestant.jobs)
+            return (await self.arena.drain(contestant, database, contestant.jobs, 2)).rate
+
+        peers = (PGQUEUER, GRAPHILE)
+        twos = await self._in_turn(peers, two, rounds)
+        for contestant in of_those(peers, twos):
+            what = f"drain {contestant.jobs:,} by two processes: {contestant.label}"
+            self._row(what, "jobs/s", twos[contestant.key], contestant.settings)
 
     async def bulks(self) -> None:
         async def submit(contestant: Contestant) -> float:
@@ -129,19 +144,19 @@ class Queues:
     async def _in_turn(
         self, contestants: Iterable[Contestant], sample: Callable[[Contestant], Awaitable[float]], rounds: int
     ) -> Samples:
-        async def guarded(contestant: Contestant) -> float | None:
-            if contestant.label in self.notes:
-                return None
-            try:
-                value = await sample(contestant)
-            except Missing as why:
-                self.notes[contestant.label] = f"left out: {why}"
-                print(f"    {contestant.label}: {why}", file=sys.stderr, flush=True)
-                return None
-            print(f"    {contestant.label}: {value:,.1f}", file=sys.stderr, flush=True)
-            return value
+        return await interleave({one.key: lambda one=one: self._guarded(one, sample) for one in contestants}, rounds)
 
-        return await interleave({one.key: lambda one=one: guarded(one) for one in contestants}, rounds)
+    async def _guarded(self, contestant: Contestant, sample: Callable[[Contestant], Awaitable[float]]) -> float | None:
+        if contestant.label in self.notes:
+            return None
+        try:
+            value = await sample(contestant)
+        except Missing as why:
+            self.notes[contestant.label] = f"left out: {why}"
+            print(f"    {contestant.label}: {why}", file=sys.stderr, flush=True)
+            return None
+        print(f"    {contestant.label}: {value:,.1f}", file=sys.stderr, flush=True)
+        return value
 
     def _row(self, what: str, unit: str, samples: Sequence[float], note: str = "") -> None:
         self.measured.append(of_samples(what, unit, samples, note))

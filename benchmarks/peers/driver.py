@@ -1,8 +1,9 @@
 """The harness in a contestant's own environment: its file says what to do, this one when, and speaks to who measures.
 
     peer_X.py install            make the schema
-    peer_X.py client             submit what the standard input asks for: ``bulk FIRST COUNT`` or ``one NUMBER``;
-                                 answer with two times, before the call and after its commit (CLOCK_MONOTONIC, ns)
+    peer_X.py client             submit what the standard input asks for: ``bulk FIRST COUNT``, ``whole FIRST COUNT``
+                                 (in one transaction) or ``one NUMBER``; answer with two times, before the call and
+                                 after its commit (CLOCK_MONOTONIC, ns)
     peer_X.py work FILE WORKER   run jobs until SIGTERM, and stamp them in FILE
 
 The databases' addresses come as BENCH_DSN (a Unix socket) and BENCH_TCP_DSN. Standard library and uvloop only.
@@ -36,6 +37,10 @@ class Peer:
 
     async def bulk(self, numbers: range) -> None:
         """Submits a job for each number, by the fastest way that its interface has."""
+        raise NotImplementedError
+
+    async def whole(self, numbers: range) -> None:
+        """The same in one transaction; only where workers are measured that wait for it."""
         raise NotImplementedError
 
     async def one(self, number: int) -> None:
@@ -74,10 +79,11 @@ async def _serve(peer: Peer) -> None:
         what, *numbers = line.split()
         first = int(numbers[0])
         before = time.monotonic_ns()
-        if what == b"bulk":
-            await peer.bulk(range(first, first + int(numbers[1])))
-        else:
+        if what == b"one":
             await peer.one(first)
+        else:
+            some = range(first, first + int(numbers[1]))
+            await (peer.bulk(some) if what == b"bulk" else peer.whole(some))
         print(before, time.monotonic_ns(), flush=True)
 
 

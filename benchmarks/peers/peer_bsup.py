@@ -46,6 +46,10 @@ class BsupPeer(Peer):
                 "SELECT count(bsup.submit(spec)) FROM unnest($1::jsonb[]) AS spec", [spec(number) for number in some]
             )
 
+    async def whole(self, numbers):
+        async with self.connection.transaction():
+            await self.bulk(numbers)
+
     async def one(self, number):
         await self.connection.fetchval("SELECT bsup.submit($1::jsonb)", spec(number))
 
