@@ -50,8 +50,9 @@ def merge(results: dict[str, Any], run: Run, title: str, findings: Findings, who
         section["series"][name] = {"points": [dict(point) for point in points], "run": run.id}
 
 
-def write(results: dict[str, Any], order: list[str]) -> None:
-    """Both files. Sections of modules that are gone, and runs that nothing stands for any more, are dropped."""
+def write(results: dict[str, Any], order: list[str]) -> dict[str, Any]:
+    """Both files; returns what they hold. Sections of modules that are gone, and runs that nothing stands for any more,
+    are dropped."""
     sections = {title: results["sections"][title] for title in order if title in results["sections"]}
     used = {
         entry["run"]
@@ -63,6 +64,7 @@ def write(results: dict[str, Any], order: list[str]) -> None:
     kept = {"runs": runs, "sections": sections}
     JSON.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     PAGE.write_text(page(kept))
+    return kept
 
 
 def page(results: dict[str, Any]) -> str:

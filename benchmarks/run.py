@@ -19,6 +19,7 @@ import sys
 import time
 from importlib.metadata import version
 
+import pictures
 import postgres
 import report
 from measured import Findings
@@ -60,7 +61,7 @@ def main() -> int:
             show(findings)
             print(f"--- {MODULES[name]}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
             report.merge(results, run, MODULES[name], findings, whole=not arguments.quick)
-            report.write(results, list(MODULES.values()))
+            pictures.draw(report.write(results, list(MODULES.values())))
     finally:
         postgres.stop()
     print(f"written to {report.PAGE}", file=sys.stderr)
