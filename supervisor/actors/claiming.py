@@ -39,7 +39,7 @@ TURN = 64
 
 class Claimer:
     """``free``: the room now; ``take``: a new lease; ``reconcile``: raises what the store raises; ``on_refused``: a
-    session is gone."""
+    session is gone; ``on_paused``: no claim is under way, and none will be while it is paused."""
 
     def __init__(
         self,
@@ -53,9 +53,11 @@ class Claimer:
         take: Callable[[Lease], None],
         reconcile: Callable[[Me], Awaitable[None]],
         on_refused: Callable[[Me], None],
+        on_paused: Callable[[], None],
         rng: Random,
     ) -> None:
         self._store = store
+        self._on_paused = on_paused
         self._kinds = kinds
         self._labels = labels
         self._slots = slots
@@ -156,6 +158,8 @@ class Claimer:
         if self.fenced:
             return False
         free = self._free()
+        if self.paused:
+            self._on_paused()
         if self.paused or free.slots == 0:
             await self._say_idle(me, False)
             return False

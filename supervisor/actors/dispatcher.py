@@ -139,6 +139,7 @@ class Dispatcher:
             take=self._on_claimed,
             reconcile=self._reconciler.reconcile,
             on_refused=self._on_refused,
+            on_paused=self._check_empty,
             rng=rng,
         )
         self._claimer.paused = paused
@@ -234,7 +235,8 @@ class Dispatcher:
                 self._detaching = ask
                 for held in self._mortal():
                     self._tell(held.lease.id, Release(self._host.grace))
-                self._check_detached()
+                self._claimer.wake()
+                self._check_empty()
             case AskResume():
                 if self._leaving:
                     ask.fail(Busy("the daemon is about to end: it takes no jobs any more"))
@@ -282,6 +284,8 @@ class Dispatcher:
         self._take(lease, JobStart())
         if self._claimer.fenced:  # it passed while the claim was under way
             self._tell(lease.id, Fenced())
+        elif self._detaching is not None and not self._runners[lease.kind].survives:
+            self._tell(lease.id, Release(self._host.grace))
 
     def _take(self, lease: Lease, start: JobStart) -> Held:
         assert self._owner is not None
@@ -305,8 +309,7 @@ class Dispatcher:
             self._claimer.want_reconciliation()
         self._claimer.wake()
         self._reconciler.check_work_ended()
-        self._check_drained()
-        self._check_detached()
+        self._check_empty()
 
     def _follow(self, held: Held, doom: Crashed | Stalled) -> None:
         """Another actor takes the attempt up, to end it."""
@@ -412,9 +415,12 @@ class Dispatcher:
         """The jobs that end with the daemon."""
         return [held for held in self._ledger if not self._runners[held.lease.kind].survives]
 
-    def _check_detached(self) -> None:
+    def _check_empty(self) -> None:
+        if not self._claimer.paused:
+            return
         if self._detaching is not None and not self._claimer.in_flight and not self._mortal():
             self._detaching.answer(None)
+        self._check_drained()
 
     def _check_drained(self) -> None:
         if not self._claimer.paused:
