@@ -20,8 +20,9 @@ from supervisor.model.errors import InvalidInput, RunnerError
 from supervisor.model.job import Lease
 from supervisor.model.spec import CHECKOUT, JobSpec, StepSpec, decode_spec
 from supervisor.ports import Plan, StepPlan
+from supervisor.runners import handles
 from supervisor.runners.git import PASSED_ON
-from supervisor.runners.handles import Damaged, StepFile, write_json_atomic, write_step
+from supervisor.runners.handles import Damaged, SpareRuns, StepFile, write_json_atomic, write_step
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PLAN_FILE = "plan.json"
@@ -89,11 +90,12 @@ def read_run(run_dir: Path) -> RunFile | None:
 class RunWriter:
     """Writes the files of one run. ``now`` in unix seconds."""
 
-    def __init__(self, state: Path, lease: Lease, settings: StepsSettings) -> None:
+    def __init__(self, state: Path, lease: Lease, settings: StepsSettings, spares: SpareRuns) -> None:
         """Raises InvalidInput where the job's spec can't be run."""
         self._state = state
         self._lease = lease
         self._settings = settings
+        self._spares = spares
         self._spec = decode_spec(lease.spec)
         self._run_dir = state / "runs" / str(lease.id)
         self._workspace = state / "work" / str(lease.id)
@@ -111,10 +113,11 @@ class RunWriter:
             StepPlan(index=index, name=step.name, always=step.always, timeout=step.timeout)
             for index, step in enumerate(steps, start=len(plan))
         ]
-        try:
-            self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunnerError(f"{self._run_dir}: can't be made: {error.strerror}") from error
+        if not handles.is_there(self._run_dir) and not self._spares.take(self._run_dir):
+            try:
+                self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunnerError(f"{self._run_dir}: can't be made: {error.strerror}") from error
         if spec.has_checkout:
             self._write_checkout(token)
         for index, step in enumerate(steps, start=int(spec.has_checkout)):
@@ -131,7 +134,7 @@ class RunWriter:
             plan=Plan(steps=tuple(plan), timeout=self._settings.timeout if spec.timeout is None else spec.timeout),
             created_at=now,
         )
-        write_json_atomic(self._run_dir / "spec", run)
+        handles.write_intent(self._run_dir, run)
         return run
 
     def _step_file(self, index: int, step: StepSpec, uid: int | None, token: str) -> StepFile:

@@ -104,6 +104,7 @@ class StepsRunner:
         self._state = state
         self._shepherd = shepherd
         self._uids = UidPool(uid_base, uid_count)
+        self._spares = handles.SpareRuns(state)
         self._known: dict[LeaseId, RunFile] = {}
         self._uid_range = f"{uid_base} to {uid_base + uid_count - 1}"
         self._live: dict[Path, _Live] = {}
@@ -138,7 +139,7 @@ class StepsRunner:
     async def prepare(self, lease: Lease) -> Plan:
         run = await self._run(lease.id)
         if run is None:
-            writer = RunWriter(self._state, lease, self.settings)
+            writer = RunWriter(self._state, lease, self.settings, self._spares)
             uid = self._uids.take(lease.id)
             try:
                 run = await anyio.to_thread.run_sync(writer.write, uid, time.time())

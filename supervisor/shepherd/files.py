@@ -86,6 +86,29 @@ class StateDirectory:
             os.fchown(fd, *self.owner)
         return fd
 
+    def claim(self, directory: int) -> None:
+        """Makes ``claim``, which must not be there. Raises FileExistsError."""
+        if exists(directory, "claim"):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), "claim")
+        try:
+            # That of a run before. This process alone claims, so nobody comes between.
+            os.rename(".claim.tmp", "claim", src_dir_fd=directory, dst_dir_fd=directory)
+        except FileNotFoundError:
+            os.close(self.create(directory, "claim"))
+
+    def create_or_reuse(self, directory: int, name: str) -> tuple[int, int]:
+        """A file of a name that no reader looks at: one that is there is written over. With the size that it has."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(name, flags, 0o600, dir_fd=directory)
+        found = os.fstat(fd)
+        if found.st_nlink != 1 or not stat.S_ISREG(found.st_mode):
+            os.close(fd)
+            os.unlink(name, dir_fd=directory)
+            return self.create(directory, name), 0
+        if self.owner and found.st_uid != self.owner[0]:
+            os.fchown(fd, *self.owner)
+        return fd, found.st_size
+
     def create_or_empty(self, name: str) -> int:
         """A file directly below."""
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self.fd)
@@ -110,15 +133,11 @@ class PromisedFile:
         self._name = name
         self._size = size
         self._fd = -1
+        self._before = 0
 
     def reserve(self) -> None:
-        temporary = f".{self._name}.tmp"
-        try:
-            self._fd = self._state.create(self._directory, temporary)
-        except FileExistsError:
-            os.unlink(temporary, dir_fd=self._directory)
-            self._fd = self._state.create(self._directory, temporary)
-        if self._size and os.write(self._fd, b" " * self._size) < self._size:
+        self._fd, self._before = self._state.create_or_reuse(self._directory, f".{self._name}.tmp")
+        if self._before < self._size and os.write(self._fd, b" " * self._size) < self._size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._name)
 
     def write(self, value: Mapping[str, Any]) -> None:
@@ -126,6 +145,8 @@ class PromisedFile:
         try:
             if os.pwrite(self._fd, data, 0) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._name)
+            if self._before > len(data):
+                os.ftruncate(self._fd, len(data))
         finally:
             os.close(self._fd)
             self._fd = -1

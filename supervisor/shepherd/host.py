@@ -19,6 +19,7 @@ from supervisor.shepherd import kill, linux
 from supervisor.shepherd.fence import Fence, boot_id
 from supervisor.shepherd.files import Refusal, StateDirectory, TooLarge, chown_tree, exists, remove_tree, say
 from supervisor.shepherd.loop import Loop, now
+from supervisor.shepherd.spares import Spares
 from supervisor.shepherd.spawn import Spawner, fork_quietly, reset_signals
 from supervisor.shepherd.spec import Policy, is_uid_range, read_spec
 from supervisor.shepherd.step import Place, Step
@@ -64,6 +65,7 @@ class Host:
         self._uids = uids
         self.spawner = Spawner(state.fd, file_limit)
         self.boot_id = boot_id()
+        self._spares = Spares(state)
         self.fence = Fence(state)
         self._tmp_problem = tmp_problem
         self.on_event: Callable[[str, str], None] = lambda *_: None
@@ -102,7 +104,7 @@ class Host:
         self.fence.check_start()
         step = self._admit(place)
         try:
-            os.close(self.state.create(place.directory, "claim"))
+            self.state.claim(place.directory)
         except OSError as error:
             raise Refusal("failed", f"claim: {error.strerror}") from error
         try:
@@ -174,6 +176,8 @@ class Host:
         self._submit(_Work(*left[0], run, answer))
 
     def _remove_at_once(self, top: str, name: str) -> bool:
+        if top == "runs" and self._spares.keep(name):
+            return True
         try:
             _remove(self.state, top, name, _REMOVED_AT_ONCE)
         except (TooLarge, OSError):

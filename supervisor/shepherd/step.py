@@ -306,9 +306,6 @@ class Step:
         record |= {**self._output.counts(), "output_closed": not self._output.is_open}
         try:
             self._ground.state.write_json(self.place.directory, "closed", record)
-            for name in FIFOS:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=self.place.directory)
         except OSError as error:
             say(f"{self.place.path}: closed can't be written: {error}")
             return False
