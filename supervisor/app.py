@@ -199,7 +199,7 @@ class _Daemon:
         client = ShepherdClient(self._state, uid_base=settings.jobs.uid_base, uid_count=uids)
         fence = FenceFile(self._state, guard_patience=min(GUARD_PATIENCE, settings.lease.margin / 3))
         self._in_process = InProcessRunner(
-            kinds.load(settings.jobs.kinds), guard=fence.guard, timeout=settings.jobs.timeout
+            kinds.load(settings.jobs.kinds), guard=fence.guard, fence_in=fence.left, timeout=settings.jobs.timeout
         )
         self._runner = StepsRunner(
             self._state, client, steps_settings(settings), uid_base=settings.jobs.uid_base, uid_count=uids

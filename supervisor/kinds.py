@@ -30,14 +30,15 @@ from supervisor.model.job import Lease
 class InProcessJob:
     """The attempt that a handler runs. ``args`` is the job's own object; ``secrets`` are name → value.
 
-    ``stop_asked`` is set when somebody wants it to end; a handler that looks at it has the grace to end by itself, then
-    it is canceled.
+    ``stop_asked`` is set when somebody wants it to end; a handler has the grace to end by itself, then it is canceled.
+    One that has looked at ``stop_asked`` may have given up in the middle: however it ends after that, it was stopped.
     """
 
-    __slots__ = ("_lease", "_stop", "args")
+    __slots__ = ("_is_asked", "_lease", "_stop", "args")
 
     def __init__(self, lease: Lease, args: dict[str, Any]) -> None:
         self._lease = lease
+        self._is_asked = False
         self._stop: asyncio.Event | None = None
         self.args = args
 
@@ -66,7 +67,20 @@ class InProcessJob:
     def stop_asked(self) -> asyncio.Event:
         if self._stop is None:
             self._stop = asyncio.Event()
+            if self._is_asked:
+                self._stop.set()
         return self._stop
+
+    @property
+    def has_looked(self) -> bool:
+        """Whether the handler looked at ``stop_asked``."""
+        return self._stop is not None
+
+    def ask_to_stop(self) -> None:
+        """For the runner, and for tests of a handler."""
+        self._is_asked = True
+        if self._stop is not None:
+            self._stop.set()
 
 
 Handler: TypeAlias = Callable[[InProcessJob], Awaitable[None]]
@@ -100,8 +114,8 @@ def _handler(field: str, path: str) -> Handler:
     module_name, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidInput(field, f"{path} can't be loaded: {error}", allowed) from None
+    except Exception as error:  # a module may raise anything while it is imported
+        raise InvalidInput(field, f"{path} can't be loaded: {type(error).__name__}: {error}", allowed) from None
     if not inspect.iscoroutinefunction(found):
         raise InvalidInput(field, f"{path} is not a coroutine function", allowed)
     handler: Handler = found

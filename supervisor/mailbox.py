@@ -339,9 +339,15 @@ class Turns:
 
     def _serve(self) -> None:
         waiting = self._waiting
-        for _ in range(min(len(waiting), TURN)):
-            waiting[0].take_turn()
-            # Only now: what is told meanwhile finds the queue not empty, and does not have it served twice.
+        try:
+            for _ in range(min(len(waiting), TURN)):
+                waiting[0].take_turn()
+                # Only now: what is told meanwhile finds the queue not empty, and does not have it served twice.
+                waiting.popleft()
+        except BaseException:
+            # No handler may raise; one that does must not silence all the others.
             waiting.popleft()
-        if waiting:
-            self._loop.call_soon(self._serve)
+            raise
+        finally:
+            if waiting:
+                self._loop.call_soon(self._serve)

@@ -8,6 +8,7 @@ a word.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from pathlib import Path
@@ -42,6 +43,10 @@ class FenceFile:
     def now(self) -> float:
         """Seconds of CLOCK_BOOTTIME, which goes on while the machine sleeps."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def left(self) -> float:
+        """Seconds until the fence as last written; infinite where none was."""
+        return math.inf if self._fence_at is None else self._fence_at - self.now()
 
     async def write(self, fence_at: float) -> None:
         """Publishes it; in a thread, as a slow disk must not hold up the next renewal. Raises RunnerError."""

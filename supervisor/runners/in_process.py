@@ -32,6 +32,9 @@ log = logging.getLogger("supervisor.runners")
 UNGUARD_AFTER = 10.0
 """Seconds without a job after which the fence file is cleared of this daemon's name."""
 
+CANCEL_AGAIN = 1.0
+"""Seconds after which a handler that goes on at the daemon's end is canceled again."""
+
 Guard = Callable[[bool], Awaitable[None]]
 
 
@@ -64,14 +67,18 @@ class _Run:
 
 
 class InProcessRunner:
-    """``handlers`` by kind; ``guard`` puts this daemon's name into the fence file, or takes it out; ``timeout`` is the
-    host's, in seconds, where a job names none. An async context: leaving it cancels what runs."""
+    """``handlers`` by kind; ``guard`` puts this daemon's name into the fence file, or takes it out; ``fence_in``: the
+    seconds until the fence; ``timeout`` is the host's, in seconds, where a job names none. An async context: leaving it
+    cancels what runs."""
 
     survives = False
 
-    def __init__(self, handlers: Mapping[str, Handler], *, guard: Guard, timeout: float | None) -> None:
+    def __init__(
+        self, handlers: Mapping[str, Handler], *, guard: Guard, fence_in: Callable[[], float], timeout: float | None
+    ) -> None:
         self._handlers = handlers
         self._guard = guard
+        self._fence_in = fence_in
         self.timeout = timeout
         # A set and a callback that is C: a task group of asyncio costs half as much again as the task.
         self._tasks: set[asyncio.Task[None]] = set()
@@ -91,14 +98,18 @@ class InProcessRunner:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            # Again and again: a handler may pass over one. For one that passes over all, there is the fence.
+            await asyncio.wait(self._tasks, timeout=CANCEL_AGAIN)
         if self._unguard_timer is not None:
             self._unguard_timer.cancel()
-        for task in self._tasks:
-            task.cancel()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-        if self._guarded:
+        # Whatever this object believes: taking the name out may have been canceled in the middle.
+        try:
             await self._guard(False)
+        except BsupError as error:
+            log.warning("this daemon's name stays in the fence file: %s", error)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -150,7 +161,7 @@ class InProcessRunner:
         run.stopped = True
         if not run.begun:  # a task that is canceled before its first step never tells its end
             return
-        run.job.stop_asked.set()
+        run.job.ask_to_stop()
         if kill or grace <= 0:
             run.task.cancel()
         else:
@@ -196,19 +207,25 @@ class InProcessRunner:
         return self._begin(run)
 
     async def _work(self, run: _Run) -> None:
-        code: int | None = 0
+        code: int | None = None
         cause = error = None
         run.begun = True
         try:
             if run.stopped:
-                raise asyncio.CancelledError
-            await run.handler(run.job)
-        except asyncio.CancelledError:
-            code, cause = None, "stop"
-        except Exception as raised:
-            code = None
-            error = str(raised) if isinstance(raised, BsupError) else f"{type(raised).__name__}: {raised}"
-            cause = "invalid" if isinstance(raised, InvalidInput) else None
+                cause = "stop"
+            else:
+                await run.handler(run.job)
+                code = 0
+        except GeneratorExit:
+            raise
+        except BaseException as raised:  # whatever it is (SystemExit, say) is this job's, not the daemon's
+            if run.stopped and isinstance(raised, asyncio.CancelledError):
+                cause = "stop"
+            else:
+                error = _in_words(raised)
+                cause = "invalid" if isinstance(raised, InvalidInput) else None
+        if run.stopped and run.job.has_looked:
+            code, cause, error = None, "stop", None
         run.task = None
         run.end = StepEnd(0, code, None, run.started_at, datetime.now(UTC), cause, error)
         self._live -= 1
@@ -220,11 +237,12 @@ class InProcessRunner:
     # --- the guard --------------------------------------------------------------------------------------------
 
     def _was_last(self, run: _Run) -> None:
-        """At once where it was stopped: that may have been at the fence, and the shepherd waits for the answer."""
+        """At once where it was stopped: that may have been at the fence, and the shepherd waits for the answer. No
+        later than the fence in any case."""
         if self._unguard_timer is not None:
             self._unguard_timer.cancel()
-        loop = asyncio.get_running_loop()
-        self._unguard_timer = loop.call_later(0.0 if run.stopped else UNGUARD_AFTER, self._unguard_soon)
+        wait = 0.0 if run.stopped else max(0.0, min(UNGUARD_AFTER, self._fence_in()))
+        self._unguard_timer = asyncio.get_running_loop().call_later(wait, self._unguard_soon)
 
     def _unguard_soon(self) -> None:
         self._unguard_timer = None
@@ -243,3 +261,10 @@ class InProcessRunner:
                 self._guarded = True
                 log.warning("the fence file could not be written, trying again: %s", error)
                 self._unguard_timer = asyncio.get_running_loop().call_later(1.0, self._unguard_soon)
+
+
+def _in_words(raised: BaseException) -> str:
+    try:
+        return str(raised) if isinstance(raised, BsupError) else f"{type(raised).__name__}: {raised}"
+    except Exception:
+        return f"{type(raised).__name__}, which can't be put into words"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -19,12 +19,15 @@ T = TypeVar("T")
 
 
 class FakeJob:
-    def __init__(self, id: int, kind: str, attempts: int, cpu: float, memory: int) -> None:
+    def __init__(
+        self, id: int, kind: str, attempts: int, cpu: float, memory: int, spec: Mapping[str, Any] | None = None
+    ) -> None:
         self.id = id
         self.kind = kind
         self.attempts = attempts
         self.cpu = cpu
         self.memory = memory
+        self.spec = msgspec.Raw(msgspec.json.encode({"backoff": 2.0, **(spec or {})}))
         self.life = Life(state=State.READY)
         self.lease: LeaseId | None = None
         self.run_at = 0.0
@@ -62,13 +65,20 @@ class FakeStore:
     # --- for tests --------------------------------------------------------------------------------------------
 
     def add(
-        self, count: int = 1, *, kind: str = "steps", attempts: int = 1, cpu: float = 0.0, memory: int = 0
+        self,
+        count: int = 1,
+        *,
+        kind: str = "steps",
+        attempts: int = 1,
+        cpu: float = 0.0,
+        memory: int = 0,
+        spec: Mapping[str, Any] | None = None,
     ) -> list[int]:
         if kind not in self.kinds:
             self.kinds.append(kind)
         first = len(self.jobs) + 1
         for number in range(first, first + count):
-            self.jobs[number] = FakeJob(number, kind, attempts, cpu, memory)
+            self.jobs[number] = FakeJob(number, kind, attempts, cpu, memory, spec)
         if any(session.idle for session in self.sessions.values()):
             self.wake("ready")
         return list(range(first, first + count))
@@ -275,7 +285,7 @@ class FakeStore:
             attempt=job.life.attempt,
             kind=job.kind,
             name=f"job {job.id}",
-            spec=msgspec.Raw(b'{"backoff": 2.0}'),
+            spec=job.spec,
             secrets={"TOKEN": "hunter2"},
             redact={},
             attempts=job.attempts,

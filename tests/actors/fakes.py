@@ -6,6 +6,7 @@ Time is the (virtual) loop's. A ``FakeHost`` outlives its daemons, as a machine 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from random import Random
@@ -15,6 +16,9 @@ import msgspec
 from supervisor.model.errors import RunnerError, StoreUnavailable
 from supervisor.model.job import Lease, LeaseId, Me
 from supervisor.ports import HandleInfo, Plan, SavedSession, StepEnd, StepPlan, StepTaken
+
+GUARD_PATIENCE = 2.0
+"""Seconds behind the fence in which a daemon with jobs of its own has to take its name out again."""
 
 EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
 
@@ -76,6 +80,8 @@ class FakeHost:
         self.hang: set[str] = set()
         self.stops: list[tuple[LeaseId, float, bool]] = []
         self.sweeps = 0
+        self.guards: list[bool] = []
+        self.daemon_kills = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def running(self) -> list[Run]:
@@ -176,8 +182,23 @@ class FakeHost:
 
     # --- fence ------------------------------------------------------------------------------------------------
 
+    @property
+    def is_guarded(self) -> bool:
+        return bool(self.guards) and self.guards[-1]
+
+    async def guard(self, active: bool) -> None:
+        """As a slow disk would have it: what is said is there after a moment."""
+        fault = self.faults("guard")
+        if fault == "before":
+            raise RunnerError("the fence file can't be written")
+        await asyncio.sleep(0.01)
+        self.guards.append(active)
+
     def now(self) -> float:
         return now() + self.clock_ahead
+
+    def fence_in(self) -> float:
+        return math.inf if self.fence_at is None else self.fence_at - self.now()
 
     async def write(self, fence_at: float) -> None:
         self.fence_at = fence_at
@@ -192,8 +213,13 @@ class FakeHost:
         if self.now() > self.fence_at:
             for run in self.running():
                 self._end(run, None, 9, "fence")
+            self._timer = asyncio.get_running_loop().call_later(GUARD_PATIENCE, self._look_at_guard)
             return
         self._timer = asyncio.get_running_loop().call_later(self.fence_at - self.now() + 0.01, self._look_at_fence)
+
+    def _look_at_guard(self) -> None:
+        """Where a real shepherd kills the daemon, this one only counts."""
+        self.daemon_kills += self.is_guarded
 
     # --- session file -----------------------------------------------------------------------------------------
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any
 
 from supervisor.actors.keeper import Terms
 from supervisor.actors.root import Addresses, Parts, RootConfig, run_root
+from supervisor.kinds import Handler
 from supervisor.mailbox import Lane
 from supervisor.messages import Reconfigure, Terminate
 from supervisor.model.job import HostInfo
 from supervisor.model.policies import Capacity
+from supervisor.runners.in_process import InProcessRunner
 from tests.actors.fake_store import FakeStore
 from tests.actors.fakes import FakeHost, FakeNotifier, FakeSink
 
@@ -27,6 +29,8 @@ class Quiet:
 
 
 class Daemon:
+    """``handlers``: the in-process kinds of this daemon, which run in the real runner of such kinds."""
+
     def __init__(
         self,
         store: FakeStore,
@@ -37,15 +41,18 @@ class Daemon:
         drain: float | None = 600.0,
         seed: int = 0,
         control: Callable[[], Any] = Quiet,
+        handlers: Mapping[str, Handler] | None = None,
+        timeout: float | None = None,
     ) -> None:
         self.store = store
         self.host = host
+        self.in_process = InProcessRunner(handlers or {}, guard=host.guard, fence_in=host.fence_in, timeout=timeout)
         self.sink = FakeSink()
         self.notifier = FakeNotifier()
         self.reloads = 0
         self.at = Addresses()
         self._config = RootConfig(
-            host=HostInfo("h", (), slots, cpu, None, "1", "m", "b", 1),
+            host=HostInfo("h", (), slots, cpu, None, "1", "m", "b", 1, ("steps", *self.in_process.kinds)),
             limits=Reconfigure(Capacity(slots, cpu), (), 1.0, 10.0),
             terms=TERMS,
             drain=drain,
@@ -54,7 +61,7 @@ class Daemon:
             store=store,  # type: ignore[arg-type]  # the calls of users and readers are not faked: no actor here makes them
             session_file=host,
             fence=host,
-            runners={"steps": host},
+            runners={"steps": host, **dict.fromkeys(self.in_process.kinds, self.in_process)},
             sink=self.sink,
             notifier=self.notifier,
             control=control,
@@ -68,11 +75,15 @@ class Daemon:
         return {"host.slots": 2}
 
     def start(self) -> Daemon:
-        self.task = asyncio.create_task(run_root(self._config, self._parts, self.at))
+        self.task = asyncio.create_task(self._run())
         return self
 
+    async def _run(self) -> int:
+        async with self.in_process:
+            return await run_root(self._config, self._parts, self.at)
+
     async def die(self) -> None:
-        """kill -9: no last words. What the host runs goes on."""
+        """kill -9: no last words. What the host runs goes on; what the daemon ran in itself ends."""
         assert self.task is not None
         self.task.cancel()
         await asyncio.wait([self.task])
