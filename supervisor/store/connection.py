@@ -28,7 +28,13 @@ log = logging.getLogger("supervisor.store")
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 NO_SETTINGS: Mapping[str, str] = {}
-GENERIC_PLANS: Mapping[str, str] = {"plan_cache_mode": "force_generic_plan"}
+# For statements that find rows by key, in batches of any size: a plan is made once, and not for the size that a table
+# had at that moment, which may have been none.
+BY_KEY: Mapping[str, str] = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+}
 
 # What the client waits beyond the server's own statement_timeout, before it takes the server for gone.
 SLACK = 2.0

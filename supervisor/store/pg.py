@@ -21,10 +21,11 @@ from typing import Self
 import anyio
 
 from supervisor.ports import Store, StoreHealth
-from supervisor.store.connection import GENERIC_PLANS, Connector, Health, Link
+from supervisor.store.connection import BY_KEY, Connector, Health, Link
 from supervisor.store.dispatch import Dispatch
 from supervisor.store.listen import Ear
 from supervisor.store.logs import Logs
+from supervisor.store.place import Place
 from supervisor.store.sessions import Sessions
 from supervisor.store.users import Users
 
@@ -51,11 +52,11 @@ class PgStore(Sessions, Dispatch, Logs, Users):
             connect_timeout=connect_timeout,
             statement_timeout=statement_timeout,
         )
-        self._renewal = Link(connector, self._health)
-        # Their statements take batches of any size: a plan made for one is right for all, and is not made again.
-        self._dispatch = Link(connector, self._health, 2, GENERIC_PLANS)
-        self._upkeep = Link(connector, self._health, 1, GENERIC_PLANS)
-        self._logs = Link(connector, self._health, 1, GENERIC_PLANS)
+        self._renewal = Link(connector, self._health, 1, BY_KEY)
+        self._dispatch = Link(connector, self._health, 2, BY_KEY)
+        self._place, self._kinds = Place(), {}
+        self._upkeep = Link(connector, self._health, 1, BY_KEY)
+        self._logs = Link(connector, self._health, 1, BY_KEY)
         self._users = Link(connector, self._health, 3)
         self._ear = Ear(connector, self._health, check_listen_every)
         self._stack = AsyncExitStack()

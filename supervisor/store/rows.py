@@ -5,7 +5,8 @@ Used by the modules of this package that run statements. Column names are those 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import TypeAlias
 from uuid import UUID
 
@@ -40,25 +41,46 @@ def storable(text: str | None) -> str | None:
     return text[:LONGEST_TEXT].replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
 
 
-def lease_of(row: Row) -> Lease:
-    secrets: dict[str, str] = {}
-    redact: dict[str, str] = {}
-    for name, value, replacement in zip(
-        row["names"] or (), row["values"] or (), row["replacements"] or (), strict=True
-    ):
-        if name is not None:
-            secrets[name] = value
-        else:
-            redact[value] = replacement
+def unix(at: datetime | None) -> float | None:
+    """Seconds, as exact as PostgreSQL's microseconds, and cheaper than a timestamp by ten."""
+    return None if at is None else at.timestamp()
+
+
+def claimed(row: Row, session: str, leased_at: datetime, kinds: Mapping[int, str]) -> Lease:
+    """A row of ``claim``; what all of them share beside it."""
+    counter, job, attempt, need, name, spec, attempts, failures, losses, _, cpu, memory, alone, secrets, _ = row
+    values, redactions = ({}, {}) if secrets is None else _secrets(secrets)
     return Lease(
-        id=lease_id(row["session"], row["counter"]),
+        LeaseId(session, counter),
+        job,
+        attempt,
+        kinds[need],
+        name,
+        msgspec.Raw(spec.encode()),
+        values,
+        redactions,
+        attempts,
+        failures,
+        losses,
+        leased_at,
+        cpu,
+        memory,
+        alone,
+    )
+
+
+def lease_of(row: Row, session: str) -> Lease:
+    """A row of ``leases``."""
+    values, redactions = _secrets(row["secrets"] or ())
+    return Lease(
+        id=LeaseId(session, row["counter"]),
         job=row["job_id"],
         attempt=row["attempt"],
         kind=row["kind"],
         name=row["name"],
         spec=msgspec.Raw(row["spec"].encode()),
-        secrets=secrets,
-        redact=redact,
+        secrets=values,
+        redact=redactions,
         attempts=row["attempts"],
         failures=row["failures"],
         losses=row["losses"],
@@ -67,6 +89,18 @@ def lease_of(row: Row) -> Lease:
         memory=row["memory"],
         alone=row["alone"],
     )
+
+
+def _secrets(rows: Sequence[Sequence[str | None]]) -> tuple[dict[str, str], dict[str, str]]:
+    """Of (name or null, value, replacement or null): secrets by name, replacements by value."""
+    secrets: dict[str, str] = {}
+    redact: dict[str, str] = {}
+    for name, value, replacement in rows:
+        if value is not None and name is not None:
+            secrets[name] = value
+        elif value is not None and replacement is not None:
+            redact[value] = replacement
+    return secrets, redact
 
 
 _STATES = {state.value: state for state in State}

@@ -62,7 +62,7 @@ class Sessions:
         rows = await self._renewal.rows("leases", me.session, me.incarnation, reading=True)
         if not rows:
             raise refused()
-        return [lease_of(row) for row in rows if row["counter"] is not None]
+        return [lease_of(row, me.session) for row in rows if row["counter"] is not None]
 
     async def close_session(self, me: Me) -> None:
         left = await self._renewal.value("close_session", me.session, me.incarnation)

@@ -25,8 +25,8 @@ LANGUAGE sql VOLATILE AS $$ SELECT clock_timestamp() + ahead FROM test.clock $$;
 """
 
 EMPTY = """
-TRUNCATE bsup.need, bsup.job, bsup.waiting, bsup.ready, bsup.lease, bsup.finished, bsup.attempt, bsup.step, bsup.log,
-    bsup.log_chunk, bsup.edge, bsup.job_secret, bsup.submission_key, bsup.session, bsup.pulse, bsup.event
+TRUNCATE bsup.need, bsup.job, bsup.waiting, bsup.ready, bsup.lease, bsup.finished, bsup.attempt_row, bsup.step,
+    bsup.log, bsup.log_chunk, bsup.edge, bsup.job_secret, bsup.submission_key, bsup.session, bsup.pulse, bsup.event
     RESTART IDENTITY;
 INSERT INTO bsup.pulse DEFAULT VALUES;
 DELETE FROM bsup.kind WHERE name NOT IN ('steps', 'noop');

@@ -68,10 +68,10 @@ async def test_a_claim_walks_its_index_and_deletes_by_place(filled: PgStore, sql
     found = await plan(
         sql,
         "claim",
-        "uuid, uuid, bigint, bigint, integer, double precision, bigint, integer[]",
-        "gen_random_uuid(), gen_random_uuid(), 1, 500, 500, NULL, NULL, '{1}'",
+        "uuid, uuid, bigint, bigint, integer, double precision, bigint, integer[], smallint, bigint",
+        "gen_random_uuid(), gen_random_uuid(), 1, 500, 500, NULL, NULL, '{1}', 256, 0",
     )
-    assert "Index Scan using ready_claim" in found
+    assert "Index Scan using ready_order" in found
     assert "Tid Scan on ready" in found
     assert "Index Scan using job_pkey" in found
     assert not re.search(r"Seq Scan on (ready|job|finished|lease)\b", found)

@@ -58,16 +58,15 @@ ORDER BY l.counter;
 
 -- name: leases
 -- All that a session holds, with what is needed to run it; one row of nulls if it holds nothing, none if it is not held.
-SELECT l.session, l.counter, l.job_id, l.attempt, l.failures, l.losses, l.leased_at, l.cpu, l.memory, l.alone,
-       n.kind, j.name, j.spec::text AS spec, j.attempts, x.names, x.values, x.replacements
+SELECT l.counter, l.job_id, l.attempt, n.kind, j.name, j.spec::text AS spec, j.attempts, l.failures, l.losses, l.leased_at,
+       l.cpu, l.memory, l.alone,
+       CASE WHEN j.has_secrets THEN ARRAY(
+           SELECT ARRAY[v.name, v.value, v.replacement] FROM bsup.job_secret v WHERE v.job_id = l.job_id
+       ) END AS secrets
 FROM bsup.session s
 LEFT JOIN bsup.lease l ON l.session = s.id
 LEFT JOIN bsup.job j ON j.id = l.job_id
 LEFT JOIN bsup.need n ON n.id = l.need_id
-LEFT JOIN LATERAL (
-    SELECT array_agg(v.name) AS names, array_agg(v.value) AS values, array_agg(v.replacement) AS replacements
-    FROM bsup.job_secret v WHERE v.job_id = l.job_id
-) x ON true
 WHERE s.id = $1 AND s.incarnation = $2
 ORDER BY l.counter;
 
