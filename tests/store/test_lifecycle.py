@@ -343,6 +343,32 @@ class TestStopping:
         await store.stop([job], grace=None, kill=False, by="ann")
         assert await daemon.finish(lease, outcome, **facts) == (True, state)
 
+    async def test_jobs_in_every_state_are_stopped_at_once(self, store: PgStore) -> None:
+        daemon = await Daemon.begin(store)
+        done, failed, running = await add(store, 3)
+        outcomes = {done: Outcome.SUCCEEDED, failed: Outcome.FAILED}
+        for lease in await daemon.claim(3):
+            if lease.job in outcomes:
+                await daemon.finish(lease, outcomes[lease.job])
+        (ready,) = await add(store)
+        (waiting,) = await add(store, after=[ready, running])
+        (below,) = await add(store, after=[waiting])
+        asked = [below, ready, done, waiting, running, failed, ready]
+        results = await store.stop(asked, grace=None, kill=False, by="ann")
+        assert [(result.job, result.did, result.is_over) for result in results] == [
+            (done, "succeeded", True),
+            (failed, "failed", True),
+            (running, "stopping", False),
+            (ready, "canceled", False),
+            (waiting, "canceled", False),
+            (below, "canceled", False),
+        ]
+        rows = {row.id: row for row in await store.states([ready, waiting, below, running])}
+        assert {rows[job].reason for job in (ready, waiting, below)} == {"stop"}
+        assert rows[running].state is State.RUNNING and rows[running].stop_asked_at is not None
+        events = [event for event in await told(store, 4) if event.type == "stop"]
+        assert [event.job for event in events] == [running, ready, waiting, below]
+
     async def test_one_unknown_job_stops_none(self, store: PgStore) -> None:
         (job,) = await add(store)
         with pytest.raises(UnknownJob) as unknown:
