@@ -23,7 +23,7 @@ HELD = 60_000  # enough for the dead rows that the transaction keeps to be in th
 ROUNDS = 5
 PICTURE_ROUNDS = 3
 LOADS = (10, 100, 1_000, 5_000)
-LOAD_SECONDS = 4.0
+LOAD_SECONDS = 3.0
 LOAD_JOBS = 100  # at least
 TICK = 0.01
 # Of a backlog; then with a past; then with a transaction held open: at least so much of the rate without.

@@ -14,7 +14,7 @@ from environments import PEERS, Missing
 
 DRAIN = 20_000
 # For those that would take most of a minute: what a queue does in a second hardly depends on how many there were.
-DRAIN_SLOW = 2_500
+DRAIN_SLOW = 2_000
 
 
 @dataclasses.dataclass(frozen=True)
