@@ -344,10 +344,7 @@ class Turns:
                 waiting[0].take_turn()
                 # Only now: what is told meanwhile finds the queue not empty, and does not have it served twice.
                 waiting.popleft()
-        except BaseException:
-            # No handler may raise; one that does must not silence all the others.
-            waiting.popleft()
-            raise
         finally:
+            # No handler may raise; one that does must not silence all the others.
             if waiting:
                 self._loop.call_soon(self._serve)

@@ -230,18 +230,17 @@ class InProcessRunner:
         run.end = StepEnd(0, code, None, run.started_at, datetime.now(UTC), cause, error)
         self._live -= 1
         if not self._live:
-            self._was_last(run)
+            self._was_last()
         if run.tell is not None:
             run.tell(run.end)
 
     # --- the guard --------------------------------------------------------------------------------------------
 
-    def _was_last(self, run: _Run) -> None:
-        """At once where it was stopped: that may have been at the fence, and the shepherd waits for the answer. No
-        later than the fence in any case."""
+    def _was_last(self) -> None:
+        """Not later than the fence: from then on the shepherd waits for the answer."""
         if self._unguard_timer is not None:
             self._unguard_timer.cancel()
-        wait = 0.0 if run.stopped else max(0.0, min(UNGUARD_AFTER, self._fence_in()))
+        wait = max(0.0, min(UNGUARD_AFTER, self._fence_in()))
         self._unguard_timer = asyncio.get_running_loop().call_later(wait, self._unguard_soon)
 
     def _unguard_soon(self) -> None:

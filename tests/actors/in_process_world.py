@@ -7,9 +7,22 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from supervisor.kinds import Handler, InProcessJob
+from tests.actors.fake_store import FakeJob, FakeStore
 from tests.actors.fakes import now
 
+GRACE = 10.0
+"""Seconds that a daemon of the harness gives a handler that was asked to stop."""
+
 Does = Callable[[InProcessJob], Awaitable[None]]
+
+
+def all_final(store: FakeStore) -> bool:
+    return all(job.life.state.is_final for job in store.jobs.values())
+
+
+def counts(job: FakeJob) -> tuple[int, int, int]:
+    """Failures, losses, releases."""
+    return job.life.failures, job.life.losses, job.life.releases
 
 
 class Work:

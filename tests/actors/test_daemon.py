@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from random import Random
 
 import pytest
@@ -18,26 +17,10 @@ from supervisor.ports import StopOrder
 from tests.actors.fake_store import FakeStore, outcomes
 from tests.actors.fakes import FakeHost, Run, Script, overlaps, sometimes
 from tests.actors.harness import TERMS, Daemon, until
+from tests.actors.in_process_world import all_final
 from tests.actors.virtual_loop import run
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def store() -> FakeStore:
-    return FakeStore()
-
-
-@pytest.fixture
-async def daemon(store: FakeStore) -> AsyncIterator[Daemon]:
-    running = Daemon(store, FakeHost()).start()
-    yield running
-    if running.task is not None and not running.task.done():
-        await running.die()
-
-
-def all_final(store: FakeStore) -> bool:
-    return all(job.life.state.is_final for job in store.jobs.values())
 
 
 async def test_jobs_run_to_their_end_and_nothing_is_left_behind(store: FakeStore, daemon: Daemon) -> None:
