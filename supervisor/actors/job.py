@@ -21,11 +21,11 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any, TypeVarTuple, Unpack, assert_never
 
-from supervisor.actors.job_words import end_of, fit_to_leave, moved_of
+from supervisor.actors.job_words import end_of, fit_to_leave, moved_of, success_of
 from supervisor.actors.ledger import Owner
 from supervisor.mailbox import Ask, Mailbox, Told
 from supervisor.messages import Beat, DispatcherMessage, JobAlive, JobMessage, JobMoved, JobOver, JobStart
-from supervisor.model.attempt import advance
+from supervisor.model.attempt import advance, begun, succeeded
 from supervisor.model.attempt_state import AttemptState, Stage
 from supervisor.model.attempt_words import (
     AbandonPrepare,
@@ -180,7 +180,11 @@ class JobActor:
 
     def _receive(self, item: JobMessage | Ask[Any]) -> None:
         try:
-            if isinstance(item, Ask):
+            if isinstance(item, StepEnded) and (told := succeeded(self._state, item.end)) is not None:
+                self._state = told
+                self._end_told = True
+                self._tell(JobOver(success_of(self.lease, told, item.end), False))
+            elif isinstance(item, Ask):
                 item.fail(BsupError("a job's actor is not asked, it is told"))
             elif isinstance(item, Beat):
                 self._dispatcher.tell(JobAlive(self.lease.id))
@@ -229,7 +233,7 @@ class JobActor:
     def _perform(self, effect: Effect) -> None:
         match effect:
             case StartStep(index):
-                self._start_step(index)
+                self._on_start_answer(index, self._asked_to_start(index))
             case Tell(result, superseded):
                 self._end_told = True
                 end = end_of(self.lease, result, superseded, words=self._words, rng=self._rng)
@@ -309,10 +313,18 @@ class JobActor:
         except Exception as error:
             self._feed(self._not_prepared(error))
             return
-        if isinstance(plan, Plan) and plan.in_process:
+        if not isinstance(plan, Plan) or not plan.in_process:
+            self._preparing = self._spawn(self._finish_preparing, plan)
+        elif plan.timeout is not None:
             self._feed(Prepared(plan))
         else:
-            self._preparing = self._spawn(self._finish_preparing, plan)
+            at = self._asked_to_start(plan.steps[0].index)
+            if isinstance(at, datetime):
+                self._state = begun(plan, at)
+                self._told = (_RUNNING, True, self._state.current)
+            else:
+                self._state, _ = advance(self._state, Prepared(plan))  # whose effect was the start
+                self._on_start_answer(plan.steps[0].index, at)
 
     async def _finish_preparing(self, asked: Plan | Awaitable[Plan]) -> None:
         try:
@@ -370,14 +382,17 @@ class JobActor:
     def _on_step_end(self, end: StepEnd) -> None:
         self._tell_self(StepEnded(end))
 
-    def _start_step(self, index: int) -> None:
+    def _asked_to_start(self, index: int) -> datetime | Awaitable[datetime] | Exception:
         try:
-            at = self._runner.start(self.lease.id, index, self._on_step_end)
+            return self._runner.start(self.lease.id, index, self._on_step_end)
         except Exception as error:
-            self._feed(self._not_started(index, error))
-            return
+            return error
+
+    def _on_start_answer(self, index: int, at: datetime | Awaitable[datetime] | Exception) -> None:
         if isinstance(at, datetime):
             self._feed(StepStarted(index, at))
+        elif isinstance(at, Exception):
+            self._feed(self._not_started(index, at))
         else:
             self._spawn(self._finish_starting, index, at)
 
@@ -452,10 +467,10 @@ class JobActor:
         except Exception:
             log.exception("job %s: its remains could not be removed", self.lease.job)
             removing = None
-        if removing is None:
-            self._feed(CleanedUp())
-        else:
+        if removing is not None:
             self._spawn(self._finish_cleaning, removing)
+        elif self._state.stage is not _OVER:
+            self._feed(CleanedUp())
 
     async def _finish_cleaning(self, removing: Awaitable[None] | None) -> None:
         try:

@@ -13,7 +13,7 @@ import msgspec
 
 from supervisor.messages import JobMoved
 from supervisor.model.attempt_state import AttemptState
-from supervisor.model.attempt_words import Result
+from supervisor.model.attempt_words import Result, StepEnd
 from supervisor.model.job import AttemptEnd, Lease, Outcome, StepRecord
 from supervisor.model.policies import decide_retry
 from supervisor.model.redaction import SecretSet, secret_values
@@ -73,6 +73,19 @@ def end_of(lease: Lease, result: Result, superseded: bool, *, words: Words, rng:
         started_at=result.started_at,
         ended_at=result.ended_at or datetime.now(UTC),
         steps=[_told(step, words) for step in result.steps],
+    )
+
+
+def success_of(lease: Lease, state: AttemptState, end: StepEnd) -> AttemptEnd:
+    """The end of an in-process attempt that succeeded; as ``end_of`` would have it."""
+    return AttemptEnd(
+        lease=lease.id,
+        job=lease.job,
+        attempt=lease.attempt,
+        outcome=_SUCCEEDED,
+        exit_code=0,
+        started_at=state.started_at,
+        ended_at=end.ended_at,
     )
 
 

@@ -86,6 +86,23 @@ def advance(state: AttemptState, event: Event) -> Next:
     return RULES[type(event)](state, event)
 
 
+def begun(plan: Plan, at: datetime) -> AttemptState:
+    """What ``Prepared`` and ``StepStarted`` come to for a new attempt of one step without a timeout of the job's own:
+    the rules in short, as most jobs of in-process kinds begin so, by thousands a second."""
+    step = plan.steps[0]
+    record = StepRecord(index=step.index, name=step.name, state=_RUNNING, started_at=at)
+    return AttemptState(stage=_STEPPING, plan=plan, steps=(record,), current=0, started_at=at)
+
+
+def succeeded(state: AttemptState, end: StepEnd) -> AttemptState | None:
+    """What ``StepEnded`` comes to for an in-process attempt that nobody stopped and that succeeded; None for any
+    other: then the rules are to be asked. Its end is to be told."""
+    if end.exit_code != 0 or end.cause or state.cause or state.stage is not _STEPPING or not _is_in_process(state):
+        return None
+    record = _replace(state.steps[0], state=_SUCCEEDED, exit_code=0, ended_at=end.ended_at)
+    return _replace(state, stage=_TELLING, current=None, steps=(record,))
+
+
 def result_of(state: AttemptState) -> Result:
     """The result as the state stands: the cause from outside, if one decided, else what the steps say."""
     outcome, reason = _OUTCOMES[state.cause]
@@ -232,11 +249,6 @@ def _on_ended(state: AttemptState, event: StepEnded) -> Next:
     position = state.current
     if position is None or not state.is_alive or state.steps[position].index != end.index:
         return state, []
-    if end.exit_code == 0 and not end.cause and not state.cause and _is_in_process(state):
-        # What most of them come to, by thousands a second: the rules below, where there is one step and it succeeded.
-        record = _replace(state.steps[0], state=_SUCCEEDED, exit_code=0, ended_at=end.ended_at)
-        told = _replace(state, stage=_TELLING, current=None, steps=(record,))
-        return told, [_tell(told)]
     ended = _ended_step(state, end)
     if _is_in_process(state):
         return _onward(ended, [])

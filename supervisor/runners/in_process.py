@@ -2,7 +2,7 @@
 
 Nothing of them is on disk and nothing outlives the daemon: a lease of an earlier epoch (a daemon before this one) is
 told as gone, which counts a loss; one of this epoch that was never begun here is not known. Most calls answer at once,
-so that an attempt which needs no waiting costs two tasks, its actor's and its handler's.
+so that an attempt which needs no waiting costs no task: handlers that don't wait share one.
 
 The shepherd can't end a coroutine. While one runs, the fence file names this daemon (``guard``): if the daemon has not
 ended them all and taken its name out again shortly after the fence, the shepherd kills the daemon.
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from types import TracebackType
-from typing import Any
 
 import msgspec
 
@@ -26,6 +26,7 @@ from supervisor.model.attempt_words import Plan, StepEnd, StepPlan, StepTaken
 from supervisor.model.errors import BsupError, InvalidInput, RunnerError
 from supervisor.model.job import Lease, LeaseId
 from supervisor.ports import HandleInfo
+from supervisor.runners.workers import Workers
 
 log = logging.getLogger("supervisor.runners")
 
@@ -49,9 +50,9 @@ _ASKED = msgspec.json.Decoder(_Asked)
 
 
 class _Run:
-    """One attempt here. ``task`` is set while its handler runs."""
+    """One attempt here. ``task``: the one that its handler runs in, while it does."""
 
-    __slots__ = ("begun", "end", "handler", "job", "lease", "plan", "started_at", "stopped", "task", "tell")
+    __slots__ = ("end", "handler", "job", "lease", "plan", "started_at", "stopped", "task", "tell")
 
     def __init__(self, lease: Lease, handler: Handler, job: InProcessJob, plan: Plan) -> None:
         self.lease = lease
@@ -61,7 +62,6 @@ class _Run:
         self.tell: Callable[[StepEnd], None] | None = None
         self.task: asyncio.Task[None] | None = None
         self.started_at: datetime | None = None
-        self.begun = False
         self.stopped = False
         self.end: StepEnd | None = None
 
@@ -80,9 +80,8 @@ class InProcessRunner:
         self._guard = guard
         self._fence_in = fence_in
         self.timeout = timeout
-        # A set and a callback that is C: a task group of asyncio costs half as much again as the task.
+        self._workers: Workers | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._runs: dict[LeaseId, _Run] = {}
         self._plans: dict[str, Plan] = {}
         """The last plan of each kind: those of most of its jobs are the same."""
@@ -92,17 +91,19 @@ class InProcessRunner:
         self._unguard_timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> InProcessRunner:
-        self._loop = asyncio.get_running_loop()
+        self._workers = Workers()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        while self._tasks:
-            for task in self._tasks:
-                task.cancel()
-            # Again and again: a handler may pass over one. For one that passes over all, there is the fence.
-            await asyncio.wait(self._tasks, timeout=CANCEL_AGAIN)
+        # Again and again: a handler may pass over one. For one that passes over all, there is the fence.
+        if self._workers is not None:
+            await self._workers.cancel(CANCEL_AGAIN)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         if self._unguard_timer is not None:
             self._unguard_timer.cancel()
         # Whatever this object believes: taking the name out may have been canceled in the middle.
@@ -156,10 +157,10 @@ class InProcessRunner:
 
     async def stop(self, lease: LeaseId, grace: float, kill: bool) -> None:
         run = self._runs.get(lease)
-        if run is None or run.task is None:
+        if run is None or run.started_at is None or run.end is not None:
             return
         run.stopped = True
-        if not run.begun:  # a task that is canceled before its first step never tells its end
+        if run.task is None:  # it has not begun, and will not
             return
         run.job.ask_to_stop()
         if kill or grace <= 0:
@@ -186,17 +187,11 @@ class InProcessRunner:
     # --- the work ---------------------------------------------------------------------------------------------
 
     def _begin(self, run: _Run) -> datetime:
+        assert self._workers is not None
         self._live += 1
         run.started_at = datetime.now(UTC)
-        run.task = self._own(self._work(run))
+        self._workers.submit(partial(self._work, run))
         return run.started_at
-
-    def _own(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        assert self._loop is not None
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     async def _begin_guarded(self, run: _Run) -> datetime:
         """The shepherd must know before the first of them begins."""
@@ -206,10 +201,11 @@ class InProcessRunner:
                 self._guarded = True
         return self._begin(run)
 
-    async def _work(self, run: _Run) -> None:
+    async def _work(self, run: _Run, task: asyncio.Task[None]) -> bool:
+        """Whether the task may be used again: not where a cancel may still be on its way."""
         code: int | None = None
         cause = error = None
-        run.begun = True
+        run.task = task
         try:
             if run.stopped:
                 cause = "stop"
@@ -233,6 +229,7 @@ class InProcessRunner:
             self._was_last()
         if run.tell is not None:
             run.tell(run.end)
+        return not run.stopped
 
     # --- the guard --------------------------------------------------------------------------------------------
 
@@ -246,7 +243,9 @@ class InProcessRunner:
     def _unguard_soon(self) -> None:
         self._unguard_timer = None
         if not self._live and self._guarded:
-            self._own(self._unguard())
+            task = asyncio.get_running_loop().create_task(self._unguard())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _unguard(self) -> None:
         async with self._guarding:
