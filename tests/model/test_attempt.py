@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from random import Random
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -26,6 +27,8 @@ from supervisor.model.attempt_words import (
     JobTimedOut,
     LeaseGone,
     LogCompleted,
+    LogStepEnded,
+    LogStepStarted,
     NothingToAdopt,
     Plan,
     Prepared,
@@ -33,6 +36,7 @@ from supervisor.model.attempt_words import (
     Recorded,
     Refused,
     Release,
+    Report,
     Result,
     Stalled,
     StartFailed,
@@ -215,6 +219,15 @@ def test_a_job_that_is_invalid_is_not_tried_again() -> None:
     assert isinstance(told, Tell) and told.result.outcome is Outcome.FAILED and not told.result.may_retry
 
 
+def test_a_step_whose_input_is_invalid_is_not_tried_again() -> None:
+    """As a handler says it; whatever else failed before or after it."""
+    found = result(StepStarted(0, AT), end(0, None, cause="invalid"), *ran(2))
+    assert (found.outcome, found.reason, found.may_retry) == (Outcome.FAILED, "invalid", False)
+    assert result(StepStarted(0, AT), end(0, 1), *ran(2)).may_retry
+    first = result(StepStarted(0, AT), end(0, 1), StepStarted(2, AT), end(2, None, cause="invalid"))
+    assert (first.reason, first.may_retry) == ("step", True), "the first failure decides"
+
+
 def test_adoption_goes_on_where_the_last_daemon_stopped() -> None:
     ended = StepTaken(0, AT, StepEnd(0, 0, None, AT, AT))
     state, effects = advance(AttemptState(), Adopted(PLAN, (ended,), 100.0, False))
@@ -279,6 +292,13 @@ EVERY: list[Event] = [
     CleanedUp(),
 ]
 ORDER = list(Stage)
+OF_LOGS_AND_RECORDS = (CompleteLog, LogStepStarted, LogStepEnded, Report)
+
+
+def test_there_is_a_rule_for_every_event_and_no_other() -> None:
+    """An event without one would end its job's actor."""
+    assert set(RULES) == set(get_args(Event))
+    assert {type(event) for event in EVERY} == set(RULES), "the tests below try them all"
 
 
 def test_every_event_in_every_state_is_taken_and_goes_only_forward() -> None:
@@ -306,19 +326,27 @@ def test_every_event_in_every_state_is_taken_and_goes_only_forward() -> None:
 
 
 @settings(max_examples=400, deadline=None)
-@given(seed=st.integers(0, 1 << 32), steps=st.integers(0, 4), outside=st.lists(st.sampled_from(OUTSIDE), max_size=6))
+@given(
+    seed=st.integers(0, 1 << 32),
+    steps=st.integers(-1, 4),
+    outside=st.lists(st.sampled_from(OUTSIDE), max_size=6),
+)
 def test_every_life_ends_recorded_once(seed: int, steps: int, outside: list[Event]) -> None:
     """An adversary picks the order of answers and of events from outside. Each step is started at most once, the
     attempt's end is told once as the holder's and at most once as superseded, never while a step runs, and the attempt
-    is cleaned up."""
+    is cleaned up. -1 steps: a handler's run in the daemon, of which there are no records and no log."""
     rng = Random(seed)
-    plan = Plan(tuple(StepPlan(i, f"s{i}", always=rng.random() < 0.3) for i in range(steps)), 100.0)
+    in_process = steps == -1
+    plan = Plan(
+        tuple(StepPlan(i, f"s{i}", always=rng.random() < 0.3) for i in range(abs(steps))), 100.0, in_process=in_process
+    )
     state = AttemptState()
     pending: list[Event] = [PrepareFailed("no") if rng.random() < 0.3 else Prepared(plan)]
     outside = list(outside)
     running: set[int] = set()
     started: list[int] = []
     told: list[Tell] = []
+    cleaned = 0
     for _ in range(500):
         if state.stage is Stage.OVER:
             break
@@ -334,6 +362,8 @@ def test_every_life_ends_recorded_once(seed: int, steps: int, outside: list[Even
             running.discard(event.end.index)
         state, effects = advance(state, event)
         for effect in effects:
+            if in_process and state.plan is not None:
+                assert not isinstance(effect, OF_LOGS_AND_RECORDS)
             match effect:
                 case StartStep(index):
                     assert not running
@@ -345,7 +375,7 @@ def test_every_life_ends_recorded_once(seed: int, steps: int, outside: list[Even
                         state, more = advance(state, StepStarted(index, AT))
                         effects.extend(more)
                         if rng.random() < 0.8:
-                            cause = rng.choice([None, None, None, "timeout", "gone", "fence", "exec"])
+                            cause = rng.choice([None, None, None, "timeout", "gone", "fence", "exec", "invalid"])
                             pending.append(end(index, rng.choice([0, 0, 1]) if cause is None else None, cause=cause))
                 case StopRun(_, kill):
                     reached = [index for index in running if kill or rng.random() < 0.5]
@@ -363,14 +393,17 @@ def test_every_life_ends_recorded_once(seed: int, steps: int, outside: list[Even
                     told.append(effect)
                     pending.append(Recorded() if effect.superseded or rng.random() < 0.5 else Refused())
                 case CleanUp():
+                    cleaned += 1
                     pending.append(CleanedUp())
                 case _:
                     pass
-    assert state.stage is Stage.OVER
+    assert state.stage is Stage.OVER and cleaned == 1
     assert len(started) == len(set(started)) and started == sorted(started)
     assert 1 <= len(told) <= 2
     assert [tell.superseded for tell in told] in ([False], [True], [False, True])
     final = told[-1].result
+    if in_process:
+        assert final.steps == ()
     first_failed = next((step for step in final.steps if step.state is StepState.FAILED), None)
     if first_failed is not None:
         assert (final.exit_code, final.signal) == (first_failed.exit_code, first_failed.signal)
