@@ -21,6 +21,7 @@ from supervisor.model.job import (
     Filter,
     HostInfo,
     HostRow,
+    JobLine,
     JobRow,
     Lease,
     LeaseId,
@@ -238,6 +239,10 @@ class UserStore(Protocol):
 
     def list_jobs(self, where: Filter) -> AsyncIterator[list[JobRow]]:
         """Newest first, in pages that a reader can hold."""
+        ...
+
+    def list_lines(self, where: Filter) -> AsyncIterator[list[JobLine]]:
+        """As ``list_jobs``, with less of each."""
         ...
 
     async def show(self, job: int) -> tuple[JobRow, dict[str, Any], list[int], list[int]]:

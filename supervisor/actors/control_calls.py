@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from typing import Any, Final, TypeVar
 
 import anyio
 import msgspec
@@ -20,12 +20,20 @@ from supervisor.actors.control_connection import Handler, Replies
 from supervisor.actors.control_follow import Following
 from supervisor.actors.control_parts import Parts
 from supervisor.actors.control_peers import Peer
-from supervisor.actors.control_views import attempt_view, job_view, local_view, selects, utc_fields
+from supervisor.actors.control_views import (
+    attempt_view,
+    job_view,
+    line_view,
+    local_line,
+    local_view,
+    selects,
+    utc_fields,
+)
 from supervisor.mailbox import ActorGone
 from supervisor.messages import AskActors, AskDrain, AskResume, AskStatus, AskStop, RunningJob, Status
 from supervisor.model import spec as job_spec
 from supervisor.model.errors import Busy, StoreUnavailable
-from supervisor.model.job import Filter, JobRow
+from supervisor.model.job import Filter
 from supervisor.ports import StopResult
 from supervisor.protocol import (
     INTERFACE,
@@ -35,6 +43,7 @@ from supervisor.protocol import (
     ActorView,
     AttemptsParams,
     AttemptsReply,
+    BriefReply,
     DatabaseView,
     DeleteParams,
     DeleteReply,
@@ -63,6 +72,11 @@ from supervisor.protocol import (
     VersionParams,
     VersionReply,
 )
+
+T = TypeVar("T")
+
+_AT_ONCE: Final = 200
+"""Jobs of a page that are made ready to go out at a time: others get the loop between."""
 
 AWAY = "the database is away: only jobs that run on this host are shown"
 
@@ -117,26 +131,49 @@ class Calls:
             limit=asked.limit,
         )
         running = await self._parts.running_or_none()
-        pages = self._store.list_jobs(where)
+        listed = self._lines(where, running) if asked.brief else self._jobs(where, running)
         told = False
         try:
-            while (page := await self._parts.read(_next(pages))) is not None:
-                now = self._parts.clock()
-                yield [ListReply(job_view(row, now, running.get(row.id))) for row in page]
-                told = True
+            async with aclosing(listed):
+                async for replies in listed:
+                    yield replies
+                    told = True
         except StoreUnavailable:
             if told:
                 raise
-            yield self._partial(where, running)
+            yield self._partial(where, running, brief=asked.brief)
+
+    async def _jobs(self, where: Filter, running: Mapping[int, RunningJob]) -> AsyncGenerator[list[ListReply], None]:
+        async with aclosing(self._pages(self._store.list_jobs(where))) as pages:
+            async for page in pages:
+                now = self._parts.clock()
+                yield [ListReply(job_view(row, now, running.get(row.id))) for row in page]
+
+    async def _lines(self, where: Filter, running: Mapping[int, RunningJob]) -> AsyncGenerator[list[BriefReply], None]:
+        async with aclosing(self._pages(self._store.list_lines(where))) as pages:
+            async for page in pages:
+                now = self._parts.clock()
+                yield [BriefReply(line_view(row, now, running.get(row.id))) for row in page]
+
+    async def _pages(self, pages: AsyncIterator[list[T]]) -> AsyncGenerator[list[T], None]:
+        """The store's pages, each in pieces that don't hold up the loop."""
+        try:
+            while (page := await self._parts.read(_next(pages))) is not None:
+                for at in range(0, len(page), _AT_ONCE):
+                    yield page[at : at + _AT_ONCE]
         finally:
             await _close(pages)
 
-    def _partial(self, where: Filter, running: Mapping[int, RunningJob]) -> Sequence[ListReply]:
+    def _partial(self, where: Filter, running: Mapping[int, RunningJob], *, brief: bool) -> Sequence[msgspec.Struct]:
         """What can be told without the database; the notice comes first, so an empty list is not taken for true."""
         notice = AWAY + ("; their labels are not known" if where.labels else "")
-        local = [job for job in sorted(running.values(), key=lambda job: job.job) if selects(where, job)]
-        views = [local_view(job, self._parts.host, self._parts.clock()) for job in local[: where.limit]]
-        return [ListReply(partial=True, notice=notice), *(ListReply(job=view, partial=True) for view in views)]
+        local = [job for job in sorted(running.values(), key=lambda job: job.job) if selects(where, job)][: where.limit]
+        host, now = self._parts.host, self._parts.clock()
+        if brief:
+            lines = [BriefReply(local_line(job, host, now), partial=True) for job in local]
+            return [BriefReply(partial=True, notice=notice), *lines]
+        views = [ListReply(local_view(job, host, now), partial=True) for job in local]
+        return [ListReply(partial=True, notice=notice), *views]
 
     async def show(self, asked: ShowParams, _peer: Peer) -> Replies:
         running = await self._parts.running_or_none()
@@ -301,11 +338,11 @@ def _stopped(job: int, is_here: bool, results: Mapping[int, StopResult] | None) 
     return StopReply(id=job, did=result.did, is_over=result.is_over)
 
 
-async def _next(pages: AsyncIterator[list[JobRow]]) -> list[JobRow] | None:
+async def _next(pages: AsyncIterator[list[T]]) -> list[T] | None:
     return await anext(pages, None)
 
 
-async def _close(pages: AsyncIterator[list[JobRow]]) -> None:
+async def _close(pages: AsyncIterator[list[T]]) -> None:
     """The port promises an iterator only; a generator holds a connection until it is closed."""
     close = getattr(pages, "aclose", None)
     if close is not None:

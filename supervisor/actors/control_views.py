@@ -12,8 +12,19 @@ from typing import TypeVar
 import msgspec
 
 from supervisor.messages import RunningJob
-from supervisor.model.job import AttemptRow, Filter, JobRow, LogRecord, Outcome, State, StepRecord, StepState, Stream
-from supervisor.protocol import LOG_PIECE, AttemptView, JobView, LogPiece, LogStream, Progress, StepView
+from supervisor.model.job import (
+    AttemptRow,
+    Filter,
+    JobLine,
+    JobRow,
+    LogRecord,
+    Outcome,
+    State,
+    StepRecord,
+    StepState,
+    Stream,
+)
+from supervisor.protocol import LOG_PIECE, AttemptView, JobView, LineView, LogPiece, LogStream, Progress, StepView
 
 STREAMS = {Stream.OUT: LogStream.OUT, Stream.ERR: LogStream.ERR, Stream.NOTE: LogStream.NOTE}
 
@@ -61,6 +72,32 @@ def job_view(row: JobRow, now: datetime, live: RunningJob | None = None) -> JobV
     )
 
 
+def line_view(row: JobLine, now: datetime, live: RunningJob | None = None) -> LineView:
+    """As ``job_view``, of a brief list."""
+    state = row.state
+    is_running = state is State.RUNNING
+    here = live if live is not None and is_running and live.attempt == row.attempt else None
+    started_at = row.started_at or (here.started_at if here else None)
+    return LineView(
+        row.id,
+        row.name,
+        row.kind,
+        state,
+        None if is_running else exit_code(row.exit_code, row.signal, ok=state is State.SUCCEEDED),
+        row.signal,
+        None if here is None else here.phase,
+        _progress(here or row),
+        row.host,
+        _seconds(row.submitted_at, now),
+        _seconds(started_at, row.ended_at or (now if is_running else None)),
+        row.attempt,
+        row.labels,
+        row.parents_left,
+        row.run_at,
+        row.reason,
+    )
+
+
 def local_view(live: RunningJob, host: str, now: datetime) -> JobView:
     """A job of this host, told without the database."""
     return JobView(
@@ -75,6 +112,21 @@ def local_view(live: RunningJob, host: str, now: datetime) -> JobView:
         attempt=live.attempt,
         started_at=_utc(live.started_at),
         lease=str(live.lease),
+    )
+
+
+def local_line(live: RunningJob, host: str, now: datetime) -> LineView:
+    """As ``local_view``, of a brief list."""
+    return LineView(
+        id=live.job,
+        name=live.name,
+        kind=live.kind,
+        state=State.RUNNING,
+        phase=live.phase,
+        progress=_progress(live),
+        host=host,
+        duration=_seconds(live.started_at, now),
+        attempt=live.attempt,
     )
 
 
@@ -150,7 +202,7 @@ def utc_fields(row: R) -> R:
     return msgspec.structs.replace(row, **{name: _utc(at) for name, at in times.items()})
 
 
-def _progress(of: JobRow | RunningJob) -> Progress | None:
+def _progress(of: JobRow | JobLine | RunningJob) -> Progress | None:
     if of.step is None or of.steps_total == 0:
         return None
     return Progress(step=of.step + 1, steps=of.steps_total, name=of.step_name)

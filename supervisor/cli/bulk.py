@@ -130,7 +130,7 @@ def _matching(daemon: Connection, params: ListParams, fitting: frozenset[State])
     states = [state for state in State if state in fitting and (not params.states or state in params.states)]
     if not states:
         return []
-    asked = msgspec.structs.replace(params, states=states, all=False)
+    asked = msgspec.structs.replace(params, states=states, all=False, brief=True)
     replies = daemon.stream("List", asked, ListReply)
     return [reply.job for reply in replies if reply.job is not None and reply.job.state in fitting]
 

@@ -52,6 +52,8 @@ def filters(args: Namespace) -> ListParams:
 
 def ps(args: Namespace, terminal: Terminal) -> int:
     params = filters(args)
+    # What is printed as a table needs less than half of what there is.
+    params.brief = not terminal.json
     jobs: list[JobView] = []
     notice: str | None = None
     with connect(args) as daemon:

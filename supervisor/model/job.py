@@ -250,6 +250,29 @@ class JobRow(msgspec.Struct):
     steps_total: int = 0
 
 
+class JobLine(msgspec.Struct):
+    """What a line of a list of jobs needs; made as JobRow is. ``labels``: of a job that is ready."""
+
+    id: int
+    name: str
+    kind: str
+    state: State
+    attempt: int
+    labels: list[str] | None
+    parents_left: int
+    submitted_at: datetime
+    run_at: datetime | None
+    started_at: datetime | None
+    ended_at: datetime | None
+    host: str | None
+    exit_code: int | None
+    signal: int | None
+    reason: str | None
+    step: int | None
+    step_name: str | None
+    steps_total: int
+
+
 class AttemptRow(msgspec.Struct, kw_only=True):
     """An attempt as ``attempts`` and ``show`` tell it; one that runs has no outcome yet."""
 

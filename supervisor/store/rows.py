@@ -16,6 +16,7 @@ import msgspec
 from supervisor.model.job import (
     AttemptEnd,
     AttemptRow,
+    JobLine,
     JobRow,
     Lease,
     LeaseId,
@@ -111,6 +112,13 @@ def job_of(row: Row) -> JobRow:
     job = JobRow(*row)
     job.state = _STATES[job.state]
     return job
+
+
+def line_of(row: Row) -> JobLine:
+    """From a row whose columns are the fields of JobLine, in their order."""
+    line = JobLine(*row)
+    line.state = _STATES[line.state]
+    return line
 
 
 def step_of(row: Row) -> StepRecord:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
 from supervisor.model.errors import UnknownJob
-from supervisor.model.job import FINAL_STATES, AttemptRow, EventRow, Filter, HostRow, JobRow, State, StepRecord
+from supervisor.model.job import FINAL_STATES, AttemptRow, EventRow, Filter, HostRow, JobLine, JobRow, State, StepRecord
 from supervisor.ports import StopResult
 from supervisor.store.connection import Link
-from supervisor.store.rows import Row, attempt_of, job_of, step_of
+from supervisor.store.rows import Row, attempt_of, job_of, line_of, step_of
+
+T = TypeVar("T")
 
 FIRST_PAGE = 200
-PAGE = 1000
 AFTER_ALL_IDS = MOST_JOBS = 2**63 - 1
 
 
@@ -27,8 +28,16 @@ class Users:
         text = msgspec.json.encode(spec).decode()
         return int(await self._users.value("submit", text, key, list(after), submitter))
 
-    async def list_jobs(self, where: Filter) -> AsyncIterator[list[JobRow]]:
-        """Newest first, in pages: no connection is held while the caller works on one."""
+    def list_jobs(self, where: Filter) -> AsyncIterator[list[JobRow]]:
+        return self._pages("list_jobs", job_of, where, 1000)
+
+    def list_lines(self, where: Filter) -> AsyncIterator[list[JobLine]]:
+        return self._pages("list_lines", line_of, where, 2000)
+
+    async def _pages(
+        self, statement: str, made_of: Callable[[Row], T], where: Filter, most: int
+    ) -> AsyncGenerator[list[T], None]:
+        """Newest first, ``most`` to a page: no connection is held while the caller works on one."""
         needs: list[int] | None = None
         if where.kinds or where.labels:
             needs = await self._users.value("matching_needs", list(where.kinds), list(where.labels), reading=True)
@@ -47,7 +56,7 @@ class Users:
         )
 
         def ask(before: int, size: int) -> asyncio.Task[Sequence[Row]]:
-            return asyncio.create_task(self._users.rows("list_jobs", before, size, *which, reading=True))
+            return asyncio.create_task(self._users.rows(statement, before, size, *which, reading=True))
 
         left = MOST_JOBS if where.limit is None else where.limit
         size = min(FIRST_PAGE, left)
@@ -59,10 +68,10 @@ class Users:
                 # A page is full or the last; jobs that moved meanwhile can't make it shorter, as it is one statement.
                 # The server makes the next one while the caller works on this one.
                 is_last = len(rows) < size or left <= 0
-                size = min(PAGE, left)
+                size = min(most, left)
                 ahead = None if is_last else ask(rows[-1]["id"], size)
                 if rows:
-                    yield [job_of(row) for row in rows]
+                    yield [made_of(row) for row in rows]
         finally:
             if ahead is not None:
                 ahead.cancel()

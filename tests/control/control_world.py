@@ -35,6 +35,7 @@ from supervisor.model.job import (
     EventRow,
     Filter,
     HostRow,
+    JobLine,
     JobRow,
     LeaseId,
     LogRecord,
@@ -161,6 +162,11 @@ class FakeStore:
         ]
         for at in range(0, len(wanted), 2):
             yield wanted[at : at + 2]
+
+    async def list_lines(self, where: Filter) -> AsyncGenerator[list[JobLine], None]:
+        async with aclosing(self.list_jobs(where)) as pages:
+            async for page in pages:
+                yield [JobLine(*(getattr(row, name) for name in JobLine.__struct_fields__)) for row in page]
 
     async def show(self, job: int) -> tuple[JobRow, dict[str, Any], list[int], list[int]]:
         (row,) = await self.states([job])

@@ -7,15 +7,16 @@ from contextlib import aclosing
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
-from control_world import NOW, SPEC, World, attempt_row, job_row, running_job
+from control_world import NOW, SPEC, RawPeer, World, attempt_row, job_row, running_job
 
 from supervisor.client import Client
 from supervisor.framing import CallTimeout, InternalError
 from supervisor.messages import AskDrain, AskResume, AskStop
 from supervisor.model.errors import InvalidInput, StoreUnavailable, UnknownJob, WrongState
 from supervisor.model.job import EventRow, JobRow, Outcome, State, Stream
-from supervisor.protocol import LOG_PIECE, METHODS, LogEnd, LogPiece, LogStream
+from supervisor.protocol import LOG_PIECE, METHODS, JobView, LineView, LogEnd, LogPiece, LogStream
 
 pytestmark = pytest.mark.anyio
 
@@ -72,6 +73,35 @@ async def test_list_adds_what_only_this_host_knows(world: World) -> None:
     assert jobs[1].age == 90.0 and jobs[1].phase is None
     # The host's word on an attempt that is over is not mixed into the next one's row.
     assert jobs[4].phase is None
+
+
+async def test_a_brief_list_tells_the_same_of_what_it_tells_and_leaves_out_the_rest(world: World) -> None:
+    world.store.add(
+        job_row(1),
+        job_row(2, State.RUNNING, attempt=1, host="build1", step=0, step_name="old", steps_total=5),
+        job_row(3, State.FAILED, attempt=1, signal=9, reason="step", started_at=NOW, ended_at=NOW),
+        job_row(4, State.WAITING, parents_left=2, run_at=NOW),
+    )
+    world.dispatcher.running = [running_job(2)]
+    async with world.serve(), Client(world.path) as client, RawPeer.connect(world.path) as raw:
+        whole = {job.id: job async for job in client.list(all=True)}
+        brief = {job.id: job async for job in client.list(all=True, brief=True)}
+        raw.call("List", {"brief": True}, more=True)
+        first = await raw.reply()
+    shown = set(LineView.__struct_fields__)
+    for job in brief.values():
+        for name in shown:
+            assert getattr(job, name) == getattr(whole[job.id], name) or name in ("parents_left", "labels")
+        assert all(not getattr(job, name) for name in set(JobView.__struct_fields__) - shown)
+    assert brief[4].parents_left == 2 and brief[1].labels == ["docker"]
+    assert brief[2].progress is not None and brief[2].progress.name == "test" and brief[3].exit_code == 137
+    assert first is not None and msgspec.json.decode(first.parameters) == {
+        "job": {"id": 1, "name": "job-1", "kind": "steps", "state": "ready", "age": 90.0, "labels": ["docker"]}
+    }
+    world.store.away = True
+    async with world.serve(), Client(world.path) as client:
+        (told,) = [job async for job in client.list(brief=True)]
+    assert (told.id, told.state, told.host, told.duration) == (2, State.RUNNING, "build1", 20.0)
 
 
 async def test_list_without_the_database_tells_the_jobs_of_this_host_and_says_so_first(world: World) -> None:

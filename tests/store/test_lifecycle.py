@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from supervisor.model.errors import SessionRefused, UnknownJob, WrongState
-from supervisor.model.job import Filter, JobRow, LeaseId, Outcome, State, StepRecord, StepState
+from supervisor.model.job import Filter, JobLine, JobRow, LeaseId, Outcome, State, StepRecord, StepState
 from supervisor.store.pg import PgStore
 from tests.store.store_bench import TERM, Daemon, add, advance, end_of, host, pass_time, spec, stale, told
 
@@ -483,14 +483,20 @@ class TestReading:
     async def test_each_field_is_its_column(self, store: PgStore, sql: asyncpg.Connection) -> None:
         """Rows are taken over by position."""
         daemon = await Daemon.begin(store)
-        done, _ = await add(store, 2, labels=["docker"])
+        done, _, other = await add(store, 3, labels=["docker"])
         await daemon.finish(await daemon.claim_one(), Outcome.FAILED, exit_code=3, error="no", reason="step")
         running = await daemon.claim_one()
         await store.record_steps(daemon.me, [(running.id, StepRecord(index=0, name="s", state=StepState.RUNNING))])
         await store.stop([running.job], grace=None, kill=False, by="x")
         (waiting,) = await add(store, after=[running.job])
         rows = [row async for page in store.list_jobs(Filter(all=True)) for row in page]
-        assert rows == await store.states([waiting, running.job, done])
+        assert rows == await store.states([waiting, other, running.job, done])
+        lines = [line async for page in store.list_lines(Filter(all=True)) for line in page]
+        for line, row in zip(lines, rows, strict=True):
+            labels = row.labels if row.state is State.READY else None
+            assert msgspec.structs.asdict(line) == {
+                name: labels if name == "labels" else getattr(row, name) for name in JobLine.__struct_fields__
+            }
         for row in rows:
             stored = await sql.fetchrow("SELECT * FROM bsup.jobs WHERE id = $1", row.id)
             assert stored is not None

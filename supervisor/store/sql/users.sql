@@ -41,6 +41,60 @@ SELECT v.id, v.name, v.kind, v.state, v.revision, v.generation, v.priority, v.la
        v.stop_asked_at, v.parents_left, v.step, v.step_name, v.steps_total
 FROM bsup.jobs v WHERE v.id = ANY (ARRAY(SELECT p.job_id FROM page p)) ORDER BY v.id DESC;
 
+-- name: list_lines
+-- As list_jobs, with what a line of a list needs: half the columns, and no second look at the tables of the states. Columns:
+-- the fields of model.job.JobLine, in their order.
+WITH page AS MATERIALIZED (
+    (SELECT w.job_id, 'waiting' AS state, w.need_id, w.attempt, w.parents_left, w.run_at, NULL::timestamptz AS started_at,
+            NULL::timestamptz AS ended_at, NULL::uuid AS session, NULL::text AS host, NULL::smallint AS exit_code,
+            NULL::smallint AS signal, NULL::text AS reason
+     FROM bsup.waiting w
+     WHERE $4::boolean AND w.job_id < $1 AND ($3::integer[] IS NULL OR w.need_id = ANY ($3))
+     ORDER BY w.job_id DESC LIMIT $2)
+    UNION ALL
+    (SELECT r.job_id, 'ready', r.need_id, r.attempt, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+     FROM bsup.ready r
+     WHERE $5::boolean AND r.job_id < $1 AND ($3::integer[] IS NULL OR r.need_id = ANY ($3))
+     ORDER BY r.job_id DESC LIMIT $2)
+    UNION ALL
+    (SELECT l.job_id, 'running', l.need_id, l.attempt, 0, NULL, l.leased_at, NULL, l.session, NULL, NULL, NULL, NULL
+     FROM bsup.lease l
+     WHERE $6::boolean AND l.job_id < $1 AND ($3::integer[] IS NULL OR l.need_id = ANY ($3))
+     ORDER BY l.job_id DESC LIMIT $2)
+    UNION ALL
+    (SELECT f.job_id, f.state, f.need_id, f.attempt, 0, NULL, f.started_at, f.ended_at, NULL, f.host, f.exit_code, f.signal,
+            f.reason
+     FROM bsup.finished f
+     WHERE $7::boolean AND f.job_id < $1 AND f.state = 'succeeded' AND f.retried_at IS NULL
+        AND ($3::integer[] IS NULL OR f.need_id = ANY ($3))
+     ORDER BY f.job_id DESC LIMIT $2)
+    UNION ALL
+    (SELECT f.job_id, f.state, f.need_id, f.attempt, 0, NULL, f.started_at, f.ended_at, NULL, f.host, f.exit_code, f.signal,
+            f.reason
+     FROM bsup.finished f
+     WHERE $8::boolean AND f.job_id < $1 AND f.state <> 'succeeded' AND f.state = ANY ($9::text[]) AND f.retried_at IS NULL
+        AND ($3::integer[] IS NULL OR f.need_id = ANY ($3))
+     ORDER BY f.job_id DESC LIMIT $2)
+    ORDER BY job_id DESC LIMIT $2
+)
+SELECT j.id, j.name, n.kind, p.state, p.attempt, CASE WHEN p.state = 'ready' THEN n.labels END AS labels, p.parents_left,
+       j.submitted_at, p.run_at, p.started_at, p.ended_at,
+       coalesce(p.host, h.host) AS host, p.exit_code, p.signal, p.reason,
+       CASE WHEN p.state = 'running' AND j.steps_total > 0 THEN (
+           SELECT t.idx FROM bsup.step t
+           WHERE t.job_id = j.id AND t.attempt = p.attempt AND t.state = 'running' ORDER BY t.idx DESC LIMIT 1
+       ) END AS step,
+       CASE WHEN p.state = 'running' AND j.steps_total > 0 THEN (
+           SELECT t.name FROM bsup.step t
+           WHERE t.job_id = j.id AND t.attempt = p.attempt AND t.state = 'running' ORDER BY t.idx DESC LIMIT 1
+       ) END AS step_name,
+       j.steps_total
+FROM page p
+JOIN bsup.job j ON j.id = p.job_id
+JOIN bsup.need n ON n.id = j.need_id
+LEFT JOIN bsup.session h ON h.id = p.session
+ORDER BY j.id DESC;
+
 -- name: job_rows
 -- Jobs by id. Columns: the fields of model.job.JobRow, in their order.
 SELECT v.id, v.name, v.kind, v.state, v.revision, v.generation, v.priority, v.labels, v.attempt, v.attempts, v.failures,
