@@ -181,6 +181,7 @@ class _Daemon:
                 self._listener.close()
 
     async def _run(self, settings: Settings) -> int:
+        handlers = kinds.load(settings.jobs.kinds)
         is_embedded = settings.database.dsn == "embedded"
         dsn = settings.database.dsn
         if is_embedded:
@@ -199,7 +200,7 @@ class _Daemon:
         client = ShepherdClient(self._state, uid_base=settings.jobs.uid_base, uid_count=uids)
         fence = FenceFile(self._state, guard_patience=min(GUARD_PATIENCE, settings.lease.margin / 3))
         self._in_process = InProcessRunner(
-            kinds.load(settings.jobs.kinds), guard=fence.guard, fence_in=fence.left, timeout=settings.jobs.timeout
+            handlers, guard=fence.guard, fence_in=fence.left, timeout=settings.jobs.timeout
         )
         self._runner = StepsRunner(
             self._state, client, steps_settings(settings), uid_base=settings.jobs.uid_base, uid_count=uids
