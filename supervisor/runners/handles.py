@@ -1,8 +1,8 @@
-"""The files of a run's handle on disk: what the daemon writes for the shepherd, and what it reads back. No other I/O.
+"""The files of a run's handle on disk: what the daemon has the shepherd write, and what it reads back. No other I/O.
 
-A run is a directory ``runs/<lease>/`` with one directory a step, ``<index>/``. The daemon writes ``spec``; the
-shepherd writes ``claim``, ``started``, the raw output, ``exit`` and ``closed``, in this order, each by write and
-rename. These files are the truth; what the shepherd says on its socket is a hint.
+A run is a directory ``runs/<lease>/`` with one directory a step, ``<index>/``. The daemon says what the ``spec`` of
+each is to hold; the shepherd writes them, and then ``claim``, ``started``, the raw output, ``exit`` and ``closed``, in
+this order, each by write and rename. These files are the truth; what the shepherd says on its socket is a hint.
 
 May import msgspec and ``model``. Called by the kind-``steps`` runner and by ``shepherd_client``.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import deque
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +20,6 @@ from supervisor.model.errors import RunnerError
 
 Cause = Literal["stop", "timeout", "fence", "exec"]
 F = TypeVar("F", bound=msgspec.Struct)
-_TRIES = 8
 
 
 class Damaged(RunnerError):
@@ -102,67 +100,8 @@ class Closed(msgspec.Struct, kw_only=True, frozen=True):
 
 def write_step(step_dir: Path, spec: StepFile) -> None:
     """Makes the step's directory (0700) and its ``spec``; overwrites an older intent that was never started."""
-    with contextlib.suppress(FileExistsError):
-        os.makedirs(step_dir, 0o700)
-    write_intent(step_dir, spec)
-
-
-def write_intent(directory: Path, value: Any) -> None:
-    """Writes ``spec`` by write and rename, over what the shepherd left of another run's where there is that. Raises
-    RunnerError."""
-    data = msgspec.json.encode(value)
-    temporary, path = f"{directory}/.spec.tmp", f"{directory}/spec"
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            written = os.write(fd, data)
-            while written < len(data):
-                written += os.write(fd, data[written:])
-            # Not O_TRUNC: ext4 writes out at once what replaces something.
-            if os.fstat(fd).st_size > written:
-                os.ftruncate(fd, written)
-        finally:
-            os.close(fd)
-        os.rename(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise RunnerError(f"{path}: can't be written: {error.strerror}") from error
-
-
-class SpareRuns:
-    """Directories of runs that are over, which the shepherd emptied: to take one is a move, where to make one anew with
-    all its files costs many times that. Safe for threads."""
-
-    def __init__(self, state: Path) -> None:
-        self._spare = f"{state}/spare"
-        self._names: deque[str] = deque()
-
-    def take(self, run_dir: Path) -> bool:
-        """Whether ``run_dir`` is there now, with an empty directory for its first step. It must not have been."""
-        for _ in range(_TRIES):
-            try:
-                name = self._names.popleft()
-            except IndexError:
-                if not self._look():
-                    return False
-                continue
-            try:
-                os.rename(f"{self._spare}/{name}", run_dir)
-            except FileNotFoundError:
-                continue
-            except OSError:
-                return False
-            return True
-        return False
-
-    def _look(self) -> bool:
-        try:
-            names = [name for name in os.listdir(self._spare) if not name.startswith(".")]
-        except OSError:
-            return False
-        self._names.extend(names)
-        return bool(names)
+    step_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_json_atomic(step_dir / "spec", spec)
 
 
 def read_started(step_dir: Path) -> Started | None:

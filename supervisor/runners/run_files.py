@@ -1,4 +1,6 @@
-"""Turns a lease into a run's files: the run's ``spec``, one ``spec`` a step, and the checkout's plan.
+"""Turns a lease into a run's files: the run's ``spec``, one ``spec`` a step, and the checkout's plan. The shepherd
+writes them: what holds the state directory of a host with thousands of short jobs up is the making of files, and it
+has some to take up again.
 
 May import msgspec, ``model`` and its neighbour ``handles``. Called by ``steps``.
 A step's ``spec`` and the plan hold secrets: all of it is 0600 below a directory of mode 0700.
@@ -20,9 +22,8 @@ from supervisor.model.errors import InvalidInput, RunnerError
 from supervisor.model.job import Lease
 from supervisor.model.spec import CHECKOUT, JobSpec, StepSpec, decode_spec
 from supervisor.ports import Plan, StepPlan
-from supervisor.runners import handles
 from supervisor.runners.git import PASSED_ON
-from supervisor.runners.handles import Damaged, SpareRuns, StepFile, write_json_atomic, write_step
+from supervisor.runners.handles import Damaged, StepFile
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PLAN_FILE = "plan.json"
@@ -87,62 +88,64 @@ def read_run(run_dir: Path) -> RunFile | None:
         raise Damaged(f"{path}: is damaged: {error}") from error
 
 
-class RunWriter:
-    """Writes the files of one run. ``now`` in unix seconds."""
+class Intent(msgspec.Struct, frozen=True):
+    """What is to be on disk before anything of a run starts: ``files`` are names below the run's directory, with what
+    they hold; the run's own ``spec`` goes last: where it is, all is there."""
 
-    def __init__(self, state: Path, lease: Lease, settings: StepsSettings, spares: SpareRuns) -> None:
+    run: RunFile
+    files: dict[str, str]
+
+
+class RunPlanner:
+    """Plans the files of one run."""
+
+    def __init__(self, state: str, lease: Lease, settings: StepsSettings) -> None:
         """Raises InvalidInput where the job's spec can't be run."""
         self._state = state
         self._lease = lease
         self._settings = settings
-        self._spares = spares
         self._spec = decode_spec(lease.spec)
-        self._run_dir = state / "runs" / str(lease.id)
-        self._workspace = state / "work" / str(lease.id)
+        self._id = str(lease.id)
+        self._workspace = f"{state}/work/{self._id}"
         missing = sorted(set(self._spec.secrets) - set(lease.secrets))
         if missing:
             raise InvalidInput("secrets", f"the values of {', '.join(missing)} are gone", "submit the job again")
 
-    def write(self, uid: int | None, now: float) -> RunFile:
-        """The steps first, the run's own ``spec`` last: where it is, all is there. Raises RunnerError."""
-        spec = self._spec
+    def plan(self, uid: int | None, now: float) -> Intent:
+        """``now`` in unix seconds."""
+        spec, first = self._spec, int(self._spec.has_checkout)
         token = secrets.token_hex(16)
-        steps = list(spec.steps)
-        plan: list[StepPlan] = [StepPlan(index=0, name=CHECKOUT)] if spec.has_checkout else []
-        plan += [
-            StepPlan(index=index, name=step.name, always=step.always, timeout=step.timeout)
-            for index, step in enumerate(steps, start=len(plan))
-        ]
-        if not handles.is_there(self._run_dir) and not self._spares.take(self._run_dir):
-            try:
-                self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
-                raise RunnerError(f"{self._run_dir}: can't be made: {error.strerror}") from error
+        common = self._common_environment()
+        files: dict[str, str] = {}
+        plan: list[StepPlan] = []
         if spec.has_checkout:
-            self._write_checkout(token)
-        for index, step in enumerate(steps, start=int(spec.has_checkout)):
-            write_step(self._run_dir / str(index), self._step_file(index, step, uid, token))
+            plan.append(StepPlan(index=0, name=CHECKOUT))
+            files[f"0/{PLAN_FILE}"] = _json(self._checkout_plan(spec))
+            files["0/spec"] = _json(self._checkout_step(token))
+        for index, step in enumerate(spec.steps, start=first):
+            plan.append(StepPlan(index=index, name=step.name, always=step.always, timeout=step.timeout))
+            files[f"{index}/spec"] = _json(self._step_file(index, step, uid, token, common))
         run = RunFile(
-            lease=str(self._lease.id),
+            lease=self._id,
             job=self._lease.job,
             attempt=self._lease.attempt,
             uid=uid,
-            workspace=str(self._workspace),
+            workspace=self._workspace,
             token=token,
             has_checkout=spec.has_checkout,
             keep_workspace=spec.keep_workspace,
             plan=Plan(steps=tuple(plan), timeout=self._settings.timeout if spec.timeout is None else spec.timeout),
             created_at=now,
         )
-        handles.write_intent(self._run_dir, run)
-        return run
+        files["spec"] = _json(run)
+        return Intent(run, files)
 
-    def _step_file(self, index: int, step: StepSpec, uid: int | None, token: str) -> StepFile:
+    def _step_file(self, index: int, step: StepSpec, uid: int | None, token: str, common: dict[str, str]) -> StepFile:
         return StepFile(
             argv=("/bin/sh", "-c", step.run) if isinstance(step.run, str) else step.run,
-            workspace=str(self._workspace),
+            workspace=self._workspace,
             cwd=f"src/{step.dir}" if step.dir else "src",
-            env=self._environment(index, step),
+            env={**common, "BSUP_STEP": step.name, "BSUP_STEP_INDEX": str(index), **self._secrets(), **step.env},
             uid=uid,
             gid=uid,
             timeout=step.timeout,
@@ -151,8 +154,9 @@ class RunWriter:
             token=token,
         )
 
-    def _environment(self, index: int, step: StepSpec) -> dict[str, str]:
-        """A clean one: nothing of the daemon's but what the host's config passes on. The step's own goes last.
+    def _common_environment(self) -> dict[str, str]:
+        """A clean one: nothing of the daemon's but what the host's config passes on. Secrets and the step's own go
+        last.
 
         HOME, TMPDIR and BSUP_RUN are the shepherd's to set.
         """
@@ -169,19 +173,17 @@ class RunWriter:
             "BSUP_JOB_ID": str(lease.job),
             "BSUP_JOB_NAME": lease.name,
             "BSUP_ATTEMPT": str(lease.attempt),
-            "BSUP_STEP": step.name,
-            "BSUP_STEP_INDEX": str(index),
-            "BSUP_LEASE": str(lease.id),
-            "BSUP_WORKSPACE": str(self._workspace / "src"),
-            **{name: lease.secrets[name] for name in self._spec.secrets},
-            **step.env,
+            "BSUP_LEASE": self._id,
+            "BSUP_WORKSPACE": f"{self._workspace}/src",
         }
 
-    def _write_checkout(self, token: str) -> None:
-        step_dir = self._run_dir / "0"
-        step = StepFile(
-            argv=(*_CHECKOUT, str(step_dir / PLAN_FILE)),
-            workspace=str(self._workspace),
+    def _secrets(self) -> dict[str, str]:
+        return {name: self._lease.secrets[name] for name in self._spec.secrets}
+
+    def _checkout_step(self, token: str) -> StepFile:
+        return StepFile(
+            argv=(*_CHECKOUT, f"{self._state}/runs/{self._id}/0/{PLAN_FILE}"),
+            workspace=self._workspace,
             env={
                 "PATH": DEFAULT_PATH,
                 **_passed(PASSED_ON),
@@ -196,8 +198,6 @@ class RunWriter:
             private_tmp=False,
             as_service=True,
         )
-        write_step(step_dir, step)
-        write_json_atomic(step_dir / PLAN_FILE, self._checkout_plan(self._spec))
 
     def _checkout_plan(self, spec: JobSpec) -> dict[str, object]:
         """As ``checkout.Plan`` reads it."""
@@ -213,13 +213,17 @@ class RunWriter:
             )
         credentials += [msgspec.to_builtins(credential) for credential in self._settings.credentials]
         return {
-            "src": str(self._workspace / "src"),
+            "src": f"{self._workspace}/src",
             "allow": self._settings.allow,
-            "mirrors": str(self._state / "mirrors") if self._settings.mirrors else None,
+            "mirrors": f"{self._state}/mirrors" if self._settings.mirrors else None,
             "repository": repository,
             "files": spec.files or None,
             "credentials": credentials,
         }
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _passed(names: tuple[str, ...], environ: Mapping[str, str] = os.environ) -> dict[str, str]:

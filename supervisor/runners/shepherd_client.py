@@ -11,11 +11,10 @@ connection.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +46,9 @@ class Refused(RunnerError):
         super().__init__(problem)
 
 
-class _Answer(msgspec.Struct):
-    """What every line from the shepherd is read as: an answer (``id``, ``ok``) or an event (``event``, ``dir``)."""
+class _Said(msgspec.Struct):
+    """What every line from the shepherd is read as: an answer (``id``, ``ok``, what was asked for) or an event
+    (``event``, ``dir``)."""
 
     id: int | None = None
     ok: bool = False
@@ -56,6 +56,13 @@ class _Answer(msgspec.Struct):
     error: str = ""
     event: str | None = None
     dir: str | None = None
+    at: float | None = None
+    live: bool | list[dict[str, Any]] = False
+
+
+_DECODER = msgspec.json.Decoder(_Said)
+_ENCODER = msgspec.json.Encoder()
+_FROM_SHEPHERD: dict[str, HintKind] = {"exited": "exited", "closed": "closed"}
 
 
 class _Hello(msgspec.Struct):
@@ -64,6 +71,42 @@ class _Hello(msgspec.Struct):
     protocol: int
     uid_base: int
     uid_count: int
+
+
+class _Link(asyncio.Protocol):
+    """A connection: whole lines to ``on_line``, and ``lost`` when it is. A line that can't be read loses it."""
+
+    def __init__(self, on_line: Callable[[bytes], None]) -> None:
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._on_line = on_line
+        self._transport: asyncio.WriteTransport | None = None
+        self._begun = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._begun = (self._begun + data).split(b"\n")
+        try:
+            for line in lines:
+                self._on_line(line)
+        except msgspec.MsgspecError:
+            self.close()
+        if len(self._begun) > _LONGEST_LINE:
+            self.close()
+
+    def write(self, line: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(line)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
 
 
 class ShepherdClient:
@@ -88,9 +131,10 @@ class ShepherdClient:
         self._options = [f"--uid-base={uid_base}", f"--uid-count={uid_count}", f"--linger={linger}"]
         self._patience = patience
         self._tell: list[Hint] = []
-        self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self._waiting: dict[int, asyncio.Future[tuple[_Said, bytes]]] = {}
         self._last_id = 0
-        self._writer: asyncio.StreamWriter | None = None
+        self._link: _Link | None = None
+        self._hello: asyncio.Future[bytes] | None = None
         self._connected = asyncio.Event()
         self._problem = "it was never asked"
         self._start_problem: str | None = None
@@ -117,19 +161,25 @@ class ShepherdClient:
         files."""
         self._tell.append(tell)
 
+    async def prepare(self, run_dir: Path, files: Mapping[str, str], workspace: str, uid: int | None) -> None:
+        """Writes a run's ``files`` (names below its directory), the last one last, and makes its workspace. Where the
+        run's ``spec`` is there already, its files are left as they are."""
+        request = {"do": "prepare", "dir": str(run_dir), "files": files, "workspace": workspace, "uid": uid}
+        await self._ask(request)
+
     async def start_step(self, step_dir: Path) -> float | None:
         """Starts the step whose ``spec`` is there; returns when ``started`` is on disk: at which time it did, unix
         seconds (None: it was claimed before).
 
         A command that can't be executed is no error here: the step's ``exit`` says so (cause ``exec``).
         """
-        at = (await self._ask({"do": "start", "dir": str(step_dir)})).get("at")
-        return at if isinstance(at, float) else None
+        said, _ = await self._ask({"do": "start", "dir": str(step_dir)})
+        return said.at
 
     async def stop_run(self, run_dir: Path, grace: float, kill: bool) -> bool:
         """Stops what runs of it now (True), if anything does; returns at once. The end comes as files and hints."""
-        answer = await self._ask({"do": "stop", "dir": str(run_dir), "grace": grace, "kill": kill})
-        return answer.get("live") is True
+        said, _ = await self._ask({"do": "stop", "dir": str(run_dir), "grace": grace, "kill": kill})
+        return said.live is True
 
     async def make_workspace(self, path: Path, uid: int | None) -> None:
         """Makes ``work/<name>`` with src, tmp and home (0700), owned by ``uid`` (None: the daemon's own).
@@ -152,43 +202,38 @@ class ShepherdClient:
     async def status(self) -> dict[str, Any]:
         """pid, protocol, live (a list of {dir, pid, uid, state, cause, since}), fence_at, isolation (words by name)
         …"""
-        return await self._ask({"do": "status"})
+        _, line = await self._ask({"do": "status"})
+        answer: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
+        return answer
 
     # --- requests ---
 
-    async def _ask(self, request: dict[str, Any], *, slow: bool = False) -> dict[str, Any]:
+    async def _ask(self, request: dict[str, Any], *, slow: bool = False) -> tuple[_Said, bytes]:
         """The answer; the request is sent again on each new connection until there is one. ``slow``: as long as it
         takes."""
         while True:
-            await self._wait_connected()
+            if self._link is None or not self._connected.is_set():
+                await self._wait_connected()
+                continue
+            self._last_id += 1
+            number = self._last_id
+            loop = asyncio.get_running_loop()
+            future = self._waiting[number] = loop.create_future()
+            timer = None if slow else loop.call_later(self._patience, _expire, future)
             try:
-                async with asyncio.timeout(None if slow else self._patience):
-                    answer = await self._send(request)
+                self._link.write(_ENCODER.encode({"id": number, **request}) + b"\n")
+                said, line = await future
             except TimeoutError as error:
                 raise RunnerError(f"the shepherd did not answer {request['do']} in {self._patience:g} s") from error
-            if answer is None:
+            except ConnectionError:
                 continue
-            if answer.get("ok") is True:
-                return answer
-            raise Refused(str(answer.get("code")), str(answer.get("error")))
-
-    async def _send(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """None: the connection was lost before the answer."""
-        if self._writer is None:
-            return None
-        self._last_id += 1
-        number = self._last_id
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = future
-        try:
-            self._writer.write(msgspec.json.encode({"id": number, **request}) + b"\n")
-            line = await future
-        except ConnectionError:
-            return None
-        finally:
-            self._waiting.pop(number, None)
-        answer: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
-        return answer
+            finally:
+                del self._waiting[number]
+                if timer is not None:
+                    timer.cancel()
+            if said.ok:
+                return said, line
+            raise Refused(said.code, said.error)
 
     async def _wait_connected(self) -> None:
         if self._keeper is None or self._keeper.done():
@@ -207,26 +252,28 @@ class ShepherdClient:
         first = True
         while True:
             try:
-                reader, self._writer = await self._reach()
+                link = await self._reach()
             except OSError as error:
                 self._problem = self._start_problem or str(error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LAST_PAUSE)
                 continue
             try:
-                if await self._greet(reader, self._writer):
+                if await self._greet(link):
+                    self._link = link
                     self._connected.set()
                     if not first:
                         self._pass_on("reconnected", None)
                     first = False
                     pause = _FIRST_PAUSE
-                    await self._read(reader)
+                    await link.lost
             finally:
+                link.close()
                 self._lose()
             await asyncio.sleep(pause)
             pause = min(pause * 2, _LAST_PAUSE)
 
-    async def _reach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _reach(self) -> _Link:
         """Raises OSError when there is none, and none could be started."""
         try:
             return await self._open()
@@ -234,24 +281,32 @@ class ShepherdClient:
             self._start_problem = await self._start_shepherd()
         return await self._open()
 
-    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        path = self._state / "shepherd.sock"
+    async def _open(self) -> _Link:
+        loop = asyncio.get_running_loop()
+        self._hello = loop.create_future()
+        path = str(self._state / "shepherd.sock")
         if len(os.fsencode(path)) < _LONGEST_PATH:
-            return await asyncio.open_unix_connection(path, limit=_LONGEST_LINE)
+            _, link = await loop.create_unix_connection(lambda: _Link(self._on_line), path)
+            return link
         # A socket's name holds 107 bytes: a longer one is reached through its directory's descriptor.
         directory = os.open(self._state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            return await asyncio.open_unix_connection(f"/proc/self/fd/{directory}/shepherd.sock", limit=_LONGEST_LINE)
+            path = f"/proc/self/fd/{directory}/shepherd.sock"
+            _, link = await loop.create_unix_connection(lambda: _Link(self._on_line), path)
+            return link
         finally:
             os.close(directory)
 
-    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _greet(self, link: _Link) -> bool:
         """Waits for the shepherd's first line: after it no hint is missed. A shepherd that was started under another
         config is told the uids of this one."""
+        assert self._hello is not None
+        either: set[asyncio.Future[Any]] = {self._hello, link.lost}
         try:
             async with asyncio.timeout(self._patience):
-                hello = msgspec.json.decode(await reader.readline(), type=_Hello)
-        except (OSError, ValueError, msgspec.MsgspecError, TimeoutError):
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            hello = msgspec.json.decode(self._hello.result(), type=_Hello)
+        except (asyncio.InvalidStateError, msgspec.MsgspecError, TimeoutError):
             self._problem = "the one that listens is not a shepherd that this daemon understands"
             return False
         if hello.protocol != _PROTOCOL:
@@ -259,24 +314,20 @@ class ShepherdClient:
             return False
         if self._uids != {"uid_base": hello.uid_base, "uid_count": hello.uid_count}:
             # No answer is awaited: where it is refused, the first start says so.
-            writer.write(msgspec.json.encode({"do": "uids", **self._uids}) + b"\n")
+            link.write(_ENCODER.encode({"do": "uids", **self._uids}) + b"\n")
         return True
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        """Until the connection is lost."""
-        with contextlib.suppress(OSError, ValueError, msgspec.MsgspecError):
-            while line := await reader.readline():
-                self._on_line(line)
-
     def _on_line(self, line: bytes) -> None:
-        said = msgspec.json.decode(line, type=_Answer)
-        step_dir = Path(said.dir) if said.dir else None
-        if said.event == "exited":
-            self._pass_on("exited", step_dir)
-        elif said.event == "closed":
-            self._pass_on("closed", step_dir)
+        if self._hello is not None and not self._hello.done():
+            self._hello.set_result(line)
+            return
+        said = _DECODER.decode(line)
+        if said.event is not None:
+            kind = _FROM_SHEPHERD.get(said.event)
+            if kind is not None and said.dir:
+                self._pass_on(kind, Path(said.dir))
         elif said.id is not None and (future := self._waiting.get(said.id)) and not future.done():
-            future.set_result(line)
+            future.set_result((said, line))
 
     def _pass_on(self, kind: HintKind, step_dir: Path | None) -> None:
         for tell in self._tell:
@@ -284,9 +335,7 @@ class ShepherdClient:
 
     def _lose(self) -> None:
         self._connected.clear()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._link = None
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(ConnectionResetError("the shepherd's connection was lost"))
@@ -314,3 +363,8 @@ class ShepherdClient:
             return None
         words = done.stderr.decode(errors="replace").strip().splitlines()
         return words[-1] if words else f"it ended at its start; see {self._state / 'shepherd.log'}"
+
+
+def _expire(future: asyncio.Future[tuple[_Said, bytes]]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())

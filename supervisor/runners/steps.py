@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -28,7 +28,7 @@ from supervisor.model.job import Lease, LeaseId
 from supervisor.ports import HandleInfo, Plan, StepEnd, StepTaken
 from supervisor.runners import handles, host_disk
 from supervisor.runners.handles import Damaged, Exit, Started
-from supervisor.runners.run_files import RunFile, RunWriter, StepsSettings, read_run
+from supervisor.runners.run_files import RunFile, RunPlanner, StepsSettings, read_run
 from supervisor.runners.shepherd_client import Hint, HintKind, Refused
 from supervisor.runners.uids import UidPool
 
@@ -44,6 +44,8 @@ class Shepherd(Protocol):
     """What the runner asks of ``ShepherdClient``."""
 
     def on_hint(self, tell: Hint) -> None: ...
+
+    async def prepare(self, run_dir: Path, files: Mapping[str, str], workspace: str, uid: int | None) -> None: ...
 
     async def start_step(self, step_dir: Path) -> float | None: ...
 
@@ -64,18 +66,33 @@ class _Live:
     """A step that was started and whose end is not told yet. ``exited``: monotonic time its exit was first seen.
 
     ``started_at``: as the shepherd answered, where it did. ``is_dead``: its process is gone. ``question``: the
-    shepherd is being asked what it knows of it.
+    shepherd is being asked what it knows of it. ``is_starting``: its start is not answered yet, and ``is_hinted``: its
+    end was, meanwhile.
     """
 
-    def __init__(
-        self, lease: LeaseId, index: int, step_dir: Path, checkout: bool, tell: Tell, started_at: datetime | None = None
-    ) -> None:
+    __slots__ = (
+        "checkout",
+        "exited",
+        "index",
+        "is_dead",
+        "is_hinted",
+        "is_starting",
+        "lease",
+        "question",
+        "started_at",
+        "step_dir",
+        "tell",
+    )
+
+    def __init__(self, lease: LeaseId, index: int, step_dir: Path, checkout: bool, tell: Tell) -> None:
         self.lease = lease
         self.index = index
         self.step_dir = step_dir
         self.checkout = checkout
         self.tell = tell
-        self.started_at = started_at
+        self.started_at: datetime | None = None
+        self.is_starting = False
+        self.is_hinted = False
         self.exited: float | None = None
         self.is_dead = False
         self.question: asyncio.Task[None] | None = None
@@ -104,7 +121,6 @@ class StepsRunner:
         self._state = state
         self._shepherd = shepherd
         self._uids = UidPool(uid_base, uid_count)
-        self._spares = handles.SpareRuns(state)
         self._known: dict[LeaseId, RunFile] = {}
         self._uid_range = f"{uid_base} to {uid_base + uid_count - 1}"
         self._live: dict[Path, _Live] = {}
@@ -137,19 +153,21 @@ class StepsRunner:
     # --- ports.Runner ---
 
     async def prepare(self, lease: Lease) -> Plan:
-        run = await self._run(lease.id)
-        if run is None:
-            writer = RunWriter(self._state, lease, self.settings, self._spares)
-            uid = self._uids.take(lease.id)
-            try:
-                run = await anyio.to_thread.run_sync(writer.write, uid, time.time())
-            except RunnerError:
-                if not self._run_dir(lease.id).exists():
-                    self._uids.give_back(lease.id)
-                raise
-            self._known[lease.id] = run
         # With a checkout the workspace is the daemon's until the first step: git runs as the daemon's user.
-        await self._shepherd.make_workspace(Path(run.workspace), None if run.has_checkout else run.uid)
+        run = await self._run(lease.id)
+        if run is not None:
+            await self._shepherd.make_workspace(Path(run.workspace), None if run.has_checkout else run.uid)
+            return run.plan
+        planner = RunPlanner(str(self._state), lease, self.settings)
+        intent = planner.plan(self._uids.take(lease.id), time.time())
+        run, run_dir = intent.run, self._run_dir(lease.id)
+        try:
+            await self._shepherd.prepare(run_dir, intent.files, run.workspace, None if run.has_checkout else run.uid)
+        except RunnerError:
+            if not handles.is_there(run_dir):
+                self._uids.give_back(lease.id)
+            raise
+        self._known[lease.id] = run
         return run.plan
 
     async def start(self, lease: LeaseId, step: int, tell: Tell) -> datetime:
@@ -160,18 +178,25 @@ class StepsRunner:
         if await anyio.to_thread.run_sync(self._is_first_own, run, step) if run.has_checkout else False:
             # The workspace was the checkout's until then.
             await self._shepherd.own(Path(run.workspace), run.uid)
+        live = _Live(lease, step, step_dir, run.has_checkout and step == 0, tell)
+        # Before it is answered: its end may be hinted at in the same breath.
+        live.is_starting = True
+        before, self._live[step_dir] = self._live.get(step_dir), live
         try:
             at = await self._start(step_dir)
-        except Refused as refusal:
-            if refusal.code != "fence" or handles.is_claimed(step_dir):
+        except BaseException as error:
+            self._live.pop(step_dir, None)
+            if before is not None:
+                self._live[step_dir] = before
+            if not isinstance(error, Refused) or error.code != "fence" or handles.is_claimed(step_dir):
                 raise
             # The host's fault and not the job's: it ends as what runs does when the fence passes.
             now = datetime.now(UTC)
-            asyncio.get_running_loop().call_soon(tell, StepEnd(step, None, None, None, now, "fence", str(refusal)))
+            asyncio.get_running_loop().call_soon(tell, StepEnd(step, None, None, None, now, "fence", str(error)))
             return now
-        started = self._started_at(step_dir) if at is None else _moment(at)
-        self._watch(_Live(lease, step, step_dir, run.has_checkout and step == 0, tell, started))
-        return started or datetime.now(UTC)
+        live.started_at = None if at is None else _moment(at)
+        self._watch(live)
+        return live.started_at or self._started_at(step_dir) or datetime.now(UTC)
 
     async def adopt(self, lease: LeaseId, tell: Tell) -> list[StepTaken] | None:
         run_dir = self._run_dir(lease)
@@ -279,8 +304,10 @@ class StepsRunner:
 
     def _watch(self, live: _Live) -> None:
         self._live[live.step_dir] = live
-        # Soon, never now: the caller must have the start before it is told of the end.
-        asyncio.get_running_loop().call_soon(self._look, live)
+        live.is_starting = False
+        if live.is_hinted or live.started_at is None:
+            # Soon, never now: the caller must have the start before it is told of the end.
+            asyncio.get_running_loop().call_soon(self._look, live)
         self._arm()
 
     def _arm(self) -> None:
@@ -297,17 +324,17 @@ class StepsRunner:
         if step_dir is None:
             for live in list(self._live.values()):
                 self._look(live)
-        elif (found := self._live.get(step_dir)) is not None:
-            if kind == "closed" and (end := self._told_end(found)) is not None:
-                self._tell_end(found, end)
-            else:
-                self._look(found)
+        elif (found := self._live.get(step_dir)) is not None and (kind == "closed" or found.started_at is None):
+            self._look(found)
 
     def _look(self, live: _Live) -> None:
         """Tells the step's end if its files have it, once."""
         if self._live.get(live.step_dir) is not live:
             return
-        end = self._end(live)
+        if live.is_starting:
+            live.is_hinted = True
+            return
+        end = self._short_end(live) or self._end(live)
         if end is not None:
             self._tell_end(live, end)
         elif live.is_dead and live.question is None:
@@ -358,7 +385,7 @@ class StepsRunner:
                 return None
         return _end_of(live, started_at, exit_)
 
-    def _told_end(self, live: _Live) -> StepEnd | None:
+    def _short_end(self, live: _Live) -> StepEnd | None:
         """Of a step whose start was answered, and whose ``closed`` is there: how it ended, by its ``exit`` alone."""
         if live.started_at is None or not handles.is_closed(live.step_dir):
             return None

@@ -56,14 +56,15 @@ class StateDirectory:
 
     def open(self, *names: str) -> int:
         """A descriptor of the directory, reached through no symlink. Raises Refusal."""
-        at = os.dup(self.fd)
+        at = self.fd
         for name in names:
             try:
                 below = os.open(name, _DIRECTORY, dir_fd=at)
             except OSError as error:
                 raise Refusal("policy", f"{'/'.join(names)}: {name}: {error.strerror}") from error
             finally:
-                os.close(at)
+                if at != self.fd:
+                    os.close(at)
             at = below
         return at
 
@@ -141,7 +142,9 @@ class PromisedFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._name)
 
     def write(self, value: Mapping[str, Any]) -> None:
-        data = json.dumps(value, separators=(",", ":")).encode().ljust(self._size)
+        self.write_bytes(json.dumps(value, separators=(",", ":")).encode().ljust(self._size))
+
+    def write_bytes(self, data: bytes) -> None:
         try:
             if os.pwrite(self._fd, data, 0) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._name)
@@ -292,6 +295,24 @@ def remove_tree(parent: int, name: str, most: int | None = None) -> None:
     finally:
         os.close(top)
     os.rmdir(name, dir_fd=parent)
+
+
+def remove_empty(parent: int, name: str, parts: tuple[str, ...]) -> bool:
+    """Removes a directory that has nothing in it but empty ones of these names, in few calls; False: it has more. Some
+    of it may be gone then."""
+    try:
+        top = os.open(name, _DIRECTORY, dir_fd=parent)
+    except OSError:
+        return False
+    try:
+        for part in parts:
+            os.rmdir(part, dir_fd=top)
+        os.rmdir(name, dir_fd=parent)
+    except OSError:
+        return False
+    finally:
+        os.close(top)
+    return True
 
 
 def _unlink_entries(directory: int, room: _Room) -> list[str]:

@@ -12,6 +12,7 @@ import os
 import signal
 
 _UNUSED_UID = 0xFFFFFFFE
+_PIECE = 1 << 16
 
 
 def children(pid: int) -> set[int]:
@@ -140,10 +141,13 @@ def send_uid(uid: int, numbers: tuple[signal.Signals, ...]) -> None:
 
 def _read_children(pid: int) -> set[int]:
     found: set[int] = set()
-    try:
-        threads = os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return found
+    if pid == os.getpid():
+        threads = [str(pid)]  # this program has one
+    else:
+        try:
+            threads = os.listdir(f"/proc/{pid}/task")
+        except OSError:
+            return found
     for thread in threads:
         path = f"/proc/{pid}/task/{thread}/children"
         found.update(int(word) for word in _read(path).split())
@@ -166,10 +170,18 @@ def _status(pid: int, field: bytes) -> list[bytes]:
 
 def _read(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return b""
+    try:
+        data = os.read(fd, _PIECE)
+        while len(data) % _PIECE == 0 and (more := os.read(fd, _PIECE)):
+            data += more
+        return data
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
 
 
 HAS_CHILDREN_FILE = os.path.exists(f"/proc/self/task/{os.getpid()}/children")

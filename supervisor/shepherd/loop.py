@@ -34,6 +34,7 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timers_made = 0
+        self._soon: list[Callable[[], None]] = []
         self._passes = 0
         self._window = 0.0
         self._signals: dict[int, Callable[[], None]] = {}
@@ -58,6 +59,10 @@ class Loop:
         self._timers_made += 1
         heapq.heappush(self._timers, (when, self._timers_made, call))
 
+    def soon(self, call: Callable[[], None]) -> None:
+        """Calls at the end of this pass, or of the next one."""
+        self._soon.append(call)
+
     def on_signal(self, number: signal.Signals, call: Callable[[], None]) -> None:
         self._signals[number] = call
         signal.signal(number, lambda *_: None)
@@ -75,7 +80,9 @@ class Loop:
 
     def _pass(self) -> None:
         wait: float | None = None
-        if self._timers:
+        if self._soon:
+            wait = 0.0
+        elif self._timers:
             wait = min(max(0.0, self._timers[0][0] - now()), _LONGEST_WAIT)
         for key, _ in self._selector.select(wait):
             # A callback before this one may have closed the descriptor, and another may have got its number since.
@@ -84,6 +91,10 @@ class Loop:
         at = now()
         while self._timers and self._timers[0][0] <= at:
             _guarded(heapq.heappop(self._timers)[2])
+        while self._soon:
+            calls, self._soon = self._soon, []
+            for call in calls:
+                _guarded(call)
         self._breathe(at)
 
     def _breathe(self, at: float) -> None:

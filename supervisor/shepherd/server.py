@@ -25,7 +25,8 @@ from supervisor.shepherd.spec import seconds
 
 PROTOCOL = 2
 SOCKET = "shepherd.sock"
-_LONGEST_LINE = 64 << 10
+_LONGEST_LINE = 16 << 20
+_PIECE = 256 << 10
 _MOST_HINTS = 256 << 10
 _MOST_UNREAD = 4 << 20
 _MOST_CONNECTIONS = 32
@@ -139,17 +140,21 @@ class Server:
             case "stop":
                 grace = seconds(request.get("grace"), "grace") or 0.0
                 return {"ok": True, "live": self._host.stop(request.get("dir"), grace, request.get("kill") is True)}
+            case "prepare":
+                path, files = request.get("dir"), request.get("files")
+                self._host.trees.prepare(path, files, request.get("workspace"), request.get("uid"))
+                return {"ok": True}
             case "workspace":
-                self._host.make_workspace(request.get("path"), request.get("uid"))
+                self._host.trees.make_workspace(request.get("path"), request.get("uid"))
                 return {"ok": True}
             case "remove":
-                self._host.remove(request.get("path"), later)
+                self._host.trees.remove(request.get("path"), later)
                 return None
             case "own":
-                self._host.own(request.get("path"), request.get("uid"), later)
+                self._host.trees.own(request.get("path"), request.get("uid"), later)
                 return None
             case "give_back":
-                self._host.give_back(request.get("path"), later)
+                self._host.trees.give_back(request.get("path"), later)
                 return None
             case "uids":
                 self._host.set_uids(request.get("uid_base"), request.get("uid_count"))
@@ -197,8 +202,10 @@ class _Connection:
         self._on_request = on_request
         self._on_close = on_close
         self._in = bytearray()
+        self._seen = 0  # no line ends before this
         self._out = bytearray()
         self._open = True
+        self._writes = False  # whether it waits until it can
         link.setblocking(False)
         loop.watch(link.fileno(), self._on_ready)
 
@@ -208,6 +215,8 @@ class _Connection:
 
     def close(self) -> None:
         if self._open:
+            with contextlib.suppress(OSError):
+                self._link.send(self._out)
             self._open = False
             self._loop.unwatch(self._link.fileno())
             self._link.close()
@@ -218,7 +227,7 @@ class _Connection:
         if not self._open:
             return
         try:
-            data = self._link.recv(_LONGEST_LINE)
+            data = self._link.recv(_PIECE)
         except BlockingIOError:
             return
         except OSError:
@@ -226,6 +235,7 @@ class _Connection:
         if not data:
             self.close()
             return
+        self._seen = len(self._in)
         self._in += data
         while (line := self._next_line()) is not None:
             self._on_request(line, self._reply)
@@ -234,11 +244,12 @@ class _Connection:
             self.close()
 
     def _next_line(self) -> bytes | None:
-        end = self._in.find(b"\n")
+        end = self._in.find(b"\n", self._seen)
         if end < 0 or not self._open:
             return None
         line = bytes(self._in[:end])
         del self._in[: end + 1]
+        self._seen = 0
         return line
 
     def _reply(self, answer: dict[str, Any]) -> None:
@@ -249,8 +260,10 @@ class _Connection:
 
     def _send(self, line: bytes) -> None:
         if self._open:
+            if not self._out:
+                # With all that is said in this pass: a wake-up of the client's less for each.
+                self._loop.soon(self._flush)
             self._out += line
-            self._flush()
 
     def _flush(self) -> None:
         while self._open and self._out:
@@ -262,8 +275,9 @@ class _Connection:
                 self.close()
                 return
             del self._out[:sent]
-        if self._open:
-            self._loop.watch(self._link.fileno(), self._on_ready, write=bool(self._out))
+        if self._open and self._writes != bool(self._out):
+            self._writes = bool(self._out)
+            self._loop.watch(self._link.fileno(), self._on_ready, write=self._writes)
 
 
 def _encode(value: dict[str, Any]) -> bytes:

@@ -3,11 +3,11 @@
 A file that is made costs an inode that must be found: on ext4 without a journal that takes the longer the more files
 were deleted in the last minutes, up to half a millisecond, and ten of them make a run. So a run's directory with what
 every run has (its files under the names they are written by before they are renamed, empty FIFOs) is moved to
-``spare/`` instead of being removed, and the daemon moves it back under another lease.
+``spare/`` instead of being removed, and back again under another lease.
 
 Jobs never see these directories, only the two FIFOs: those are kept only if nobody holds them any more, as a process
 to whom a job handed one would read what the next job writes. A run leaves ``runs/`` in one move, before anything of it
-is undone, and only one that was undone wholly has a name that the daemon takes.
+is undone, and only one that was undone wholly is ever taken.
 """
 
 from __future__ import annotations
@@ -34,18 +34,17 @@ class Spares:
         state.make(SPARE, 0o700)
         self._directory = state.open(SPARE)
         self._made = 0
-        names = os.listdir(self._directory)
-        self._count = sum(not name.startswith(".") for name in names)
-        for name in names:
+        self._names: list[str] = []
+        for name in os.listdir(self._directory):
             if name.startswith("."):
                 remove_tree(self._directory, name)
+            else:
+                self._names.append(name)
 
     def keep(self, run: str) -> bool:
         """Undoes the run and keeps its directory; False: it is to be removed, as it is large, or there are enough."""
-        if self._count >= _MOST:
-            self._count = len(os.listdir(self._directory))  # the daemon takes them without a word
-            if self._count >= _MOST:
-                return False
+        if len(self._names) >= _MOST:
+            return False
         self._made += 1
         name = f"{os.getpid()}-{self._made}"
         undone = f".{name}"
@@ -64,8 +63,16 @@ class Spares:
             return False
         finally:
             os.close(runs)
-        self._count += 1
+        self._names.append(name)
         return True
+
+    def take(self, runs: int, run: str) -> bool:
+        """Whether the run's directory, which must not be there, is now, with an empty one for its first step."""
+        while self._names:
+            with contextlib.suppress(OSError):
+                os.rename(self._names.pop(), run, src_dir_fd=self._directory, dst_dir_fd=runs)
+                return True
+        return False
 
     def _undo(self, name: str) -> None:
         run = self._state.open(SPARE, name)

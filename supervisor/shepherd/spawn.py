@@ -72,7 +72,8 @@ class Spawner:
                 os.setresuid(uid, uid, 0)
             _enter(workspace, spec.cwd)
             environment = _environment(spec, workspace)
-            resource.setrlimit(resource.RLIMIT_NOFILE, self._files)
+            if self._files != self._own_files:
+                resource.setrlimit(resource.RLIMIT_NOFILE, self._files)
             return self._execute(spec.argv, environment, out, err)
         except OSError as error:
             if error.errno in _NO_PROCESS:
@@ -87,7 +88,8 @@ class Spawner:
                 os.setresuid(0, 0, 0)
                 os.setresgid(0, 0, 0)
                 os.setgroups(self._groups)
-            resource.setrlimit(resource.RLIMIT_NOFILE, self._own_files)
+            if self._files != self._own_files:
+                resource.setrlimit(resource.RLIMIT_NOFILE, self._own_files)
             os.umask(self._umask)
             if spec.private_tmp:
                 linux.enter_mounts(self._mounts)

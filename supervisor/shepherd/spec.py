@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import pwd
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from supervisor.shepherd.files import Refusal, StateDirectory, read_json
@@ -27,9 +27,7 @@ class Policy:
     uid_count: int = 0
     uid_shift: int = 0
 
-    @property
-    def is_root(self) -> bool:
-        return os.geteuid() == 0
+    is_root: bool = field(default_factory=lambda: os.geteuid() == 0)
 
     @property
     def gives_uids(self) -> bool:
@@ -85,28 +83,28 @@ def read_spec(state: StateDirectory, policy: Policy, directory: int) -> StepSpec
         raise Refusal("spec", f"spec: can't be read: {error}") from error
     if raw is None:
         raise Refusal("spec", "spec: there is none")
-    field = _Fields(raw)
+    fields = _Fields(raw)
     workspace = state.names(raw.get("workspace"), "work", 1)
-    ids, own_uid = _ids(policy, field)
+    ids, own_uid = _ids(policy, fields)
     return StepSpec(
-        argv=field.strings("argv"),
-        cwd=field.text("cwd"),
-        env=field.environment(),
+        argv=fields.strings("argv"),
+        cwd=fields.text("cwd"),
+        env=fields.environment(),
         ids=ids,
         own_uid=own_uid,
         workspace=workspace,
-        timeout=field.seconds("timeout"),
-        grace=field.seconds("grace") or 0.0,
-        max_output=field.whole("max_output") or 0,
-        token=field.text("token"),
-        private_tmp=field.flag("private_tmp"),
+        timeout=fields.seconds("timeout"),
+        grace=fields.seconds("grace") or 0.0,
+        max_output=fields.whole("max_output") or 0,
+        token=fields.text("token"),
+        private_tmp=fields.flag("private_tmp"),
     )
 
 
-def _ids(policy: Policy, field: _Fields) -> tuple[tuple[int, int] | None, bool]:
-    uid = field.whole("uid")
-    gid = field.whole("gid")
-    if field.flag("as_service"):
+def _ids(policy: Policy, fields: _Fields) -> tuple[tuple[int, int] | None, bool]:
+    uid = fields.whole("uid")
+    gid = fields.whole("gid")
+    if fields.flag("as_service"):
         return (policy.service if policy.owner else None), False
     if uid is None:
         if policy.gives_uids:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ class FileShepherd:
 
     def on_hint(self, tell: Hint) -> None:
         self.hint = tell
+
+    async def prepare(self, run_dir: Path, files: Mapping[str, str], workspace: str, uid: int | None) -> None:
+        for name, text in files.items():
+            (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            (run_dir / name).write_text(text)
 
     async def start_step(self, step_dir: Path) -> float | None:
         self.starts += 1

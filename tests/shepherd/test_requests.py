@@ -226,7 +226,7 @@ def test_a_line_without_end_is_cut_off(shared_yard: Yard) -> None:
     link = Link(shared_yard.state)
     connection = link.connect()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        connection.sendall(b"x" * 300_000)
+        connection.sendall(b"x" * (17 << 20))
     with contextlib.suppress(ConnectionResetError):
         while connection.recv(1 << 16):
             pass
