@@ -20,7 +20,7 @@ from random import Random
 
 from supervisor.model.errors import BsupError, SessionRefused, StoreUnavailable
 from supervisor.model.job import Lease, Me
-from supervisor.model.policies import Free, jittered, patience, serves
+from supervisor.model.policies import Free, jittered, less, patience, serves
 from supervisor.ports import DispatchStore, Room
 
 log = logging.getLogger("supervisor.dispatcher")
@@ -179,27 +179,56 @@ class Claimer:
         return True
 
     async def _claim(self, me: Me, free: Free) -> int:
-        slots = min(free.slots, MOST_AT_ONCE)
-        first = me.epoch << 32 | self._next
-        self._next += slots
-        room = Room(slots=slots, slots_total=self._slots, cpu=free.cpu, memory=free.memory, needs=self._needs)
+        """Claims what fits; while a claim is answered in full and there is room, the next is under way already when its
+        jobs are begun. Returns how many."""
         self.in_flight = True
         self._has_more = False
+        claimed = 0
+        asking: asyncio.Task[list[Lease]] | None = None
         try:
-            leases = await self._store.claim(me, first, room)
+            room = self._room(free)
+            leases = await self._store.claim(me, self._counters(me, room), room)
+            while True:
+                claimed += len(leases)
+                self._has_more = len(leases) == room.slots
+                free = less(self._free(), leases)
+                if not self._has_more or self.paused or free.slots <= self._slots // 4:
+                    break
+                room = self._room(free)
+                asking = asyncio.create_task(self._store.claim(me, self._counters(me, room), room))
+                await self._take_all(me, leases)
+                leases = await asking
+                asking = None
             await self._take_all(me, leases)
         except BaseException:
             # Refused, unavailable or interrupted: what it did is seen only by looking.
             self._must_reconcile = True
             raise
         finally:
+            if asking is not None:
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
             self.in_flight = False
             self.last_answer = asyncio.get_running_loop().time()
-        self._has_more = len(leases) == slots
         if self._has_more and self._idle:
             # It works now; commits that make jobs ready need not wake it.
             await self._say_idle(me, False)
-        return len(leases)
+        return claimed
+
+    def _room(self, free: Free) -> Room:
+        return Room(
+            slots=min(free.slots, MOST_AT_ONCE),
+            slots_total=self._slots,
+            cpu=free.cpu,
+            memory=free.memory,
+            needs=self._needs,
+        )
+
+    def _counters(self, me: Me, room: Room) -> int:
+        """The first of as many as there may be leases."""
+        first = me.epoch << 32 | self._next
+        self._next += room.slots
+        return first
 
     async def _take_all(self, me: Me, leases: Sequence[Lease]) -> None:
         """Those of a session that is gone meanwhile are left to its reaper."""

@@ -140,6 +140,16 @@ class Taken:
             self._cpu -= Fraction(lease.cpu)
 
 
+def less(free: Free, leases: Iterable[Lease]) -> Free:
+    """The room that is left once these are begun too; none where one of them runs alone."""
+    slots, cpu, memory = free.slots, free.cpu, free.memory
+    for lease in leases:
+        slots = 0 if lease.alone else slots - 1
+        cpu = None if cpu is None else cpu - lease.cpu
+        memory = None if memory is None else memory - lease.memory
+    return Free(max(0, slots), None if cpu is None else max(0.0, cpu), None if memory is None else max(0, memory))
+
+
 def room_left(capacity: Capacity, taken: Taken) -> Free:
     """What ``taken`` leaves. A job that runs ``alone`` weighs all slots; nothing is ever below zero."""
     slots = capacity.slots - (taken.jobs - taken.alone) - taken.alone * capacity.slots
