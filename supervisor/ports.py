@@ -237,6 +237,10 @@ class UserStore(Protocol):
 
     async def submit(self, spec: dict[str, Any], *, key: str | None, after: Sequence[int], submitter: str) -> int: ...
 
+    async def submit_many(self, specs: Sequence[dict[str, Any]], *, key: str | None, submitter: str) -> list[int]:
+        """All or none; their ids, in order. An InvalidInput names the job: ``jobs[17].priority``."""
+        ...
+
     def list_jobs(self, where: Filter) -> AsyncIterator[list[JobRow]]:
         """Newest first, in pages that a reader can hold."""
         ...

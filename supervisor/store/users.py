@@ -28,6 +28,11 @@ class Users:
         text = msgspec.json.encode(spec).decode()
         return int(await self._users.value("submit", text, key, list(after), submitter))
 
+    async def submit_many(self, specs: Sequence[dict[str, Any]], *, key: str | None, submitter: str) -> list[int]:
+        """Their ids, in order; at most 100,000. Raises InvalidInput, which names the job (``jobs[17].priority``)."""
+        text = msgspec.json.encode(specs).decode()
+        return list(await self._users.value("submit_many", text, key, submitter))
+
     def list_jobs(self, where: Filter) -> AsyncIterator[list[JobRow]]:
         return self._pages("list_jobs", job_of, where, 1000)
 

@@ -2,6 +2,10 @@
 -- Submits a job for a user of this host; see bsup.submit_as.
 SELECT bsup.submit_as($1, $2, $3, $4);
 
+-- name: submit_many
+-- Submits jobs for a user of this host; see bsup.submit_many_as.
+SELECT bsup.submit_many_as($1::jsonb, $2, $3);
+
 -- name: matching_needs
 -- Needs of these kinds ($1, empty: all) that ask for all of these labels ($2).
 SELECT array_agg(n.id) FROM bsup.need n
@@ -78,7 +82,10 @@ WITH page AS MATERIALIZED (
     ORDER BY job_id DESC LIMIT $2
 )
 SELECT j.id, j.name, n.kind, p.state, p.attempt, CASE WHEN p.state = 'ready' THEN n.labels END AS labels, p.parents_left,
-       j.submitted_at, p.run_at, p.started_at, p.ended_at,
+       p.run_at, greatest(0, trunc(date_part('epoch', (SELECT bsup.clock()) - j.submitted_at) * 1000) / 1000) AS age,
+       CASE WHEN p.started_at IS NOT NULL THEN greatest(
+           0, trunc(date_part('epoch', coalesce(p.ended_at, (SELECT bsup.clock())) - p.started_at) * 1000) / 1000
+       ) END AS duration,
        coalesce(p.host, h.host) AS host, p.exit_code, p.signal, p.reason,
        CASE WHEN p.state = 'running' AND j.steps_total > 0 THEN (
            SELECT t.idx FROM bsup.step t
