@@ -152,8 +152,7 @@ class Calls:
     async def _lines(self, where: Filter, running: Mapping[int, RunningJob]) -> AsyncGenerator[list[BriefReply], None]:
         async with aclosing(self._pages(self._store.list_lines(where))) as pages:
             async for page in pages:
-                now = self._parts.clock()
-                yield [BriefReply(line_view(row, now, running.get(row.id))) for row in page]
+                yield [BriefReply(line_view(row, running.get(row.id))) for row in page]
 
     async def _pages(self, pages: AsyncIterator[list[T]]) -> AsyncGenerator[list[T], None]:
         """The store's pages, each in pieces that don't hold up the loop."""

@@ -72,12 +72,11 @@ def job_view(row: JobRow, now: datetime, live: RunningJob | None = None) -> JobV
     )
 
 
-def line_view(row: JobLine, now: datetime, live: RunningJob | None = None) -> LineView:
+def line_view(row: JobLine, live: RunningJob | None = None) -> LineView:
     """As ``job_view``, of a brief list."""
     state = row.state
     is_running = state is State.RUNNING
     here = live if live is not None and is_running and live.attempt == row.attempt else None
-    started_at = row.started_at or (here.started_at if here else None)
     return LineView(
         row.id,
         row.name,
@@ -88,8 +87,8 @@ def line_view(row: JobLine, now: datetime, live: RunningJob | None = None) -> Li
         None if here is None else here.phase,
         _progress(here or row),
         row.host,
-        _seconds(row.submitted_at, now),
-        _seconds(started_at, row.ended_at or (now if is_running else None)),
+        row.age,
+        row.duration,
         row.attempt,
         row.labels,
         row.parents_left,

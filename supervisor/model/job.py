@@ -251,7 +251,8 @@ class JobRow(msgspec.Struct):
 
 
 class JobLine(msgspec.Struct):
-    """What a line of a list of jobs needs; made as JobRow is. ``labels``: of a job that is ready."""
+    """What a line of a list of jobs needs; made as JobRow is. ``labels``: of a job that is ready. ``age`` and
+    ``duration`` (of its present or last run) are seconds."""
 
     id: int
     name: str
@@ -260,10 +261,9 @@ class JobLine(msgspec.Struct):
     attempt: int
     labels: list[str] | None
     parents_left: int
-    submitted_at: datetime
     run_at: datetime | None
-    started_at: datetime | None
-    ended_at: datetime | None
+    age: float
+    duration: float | None
     host: str | None
     exit_code: int | None
     signal: int | None

@@ -113,6 +113,16 @@ def attempt_row(job: int, attempt: int, outcome: Outcome | None, **more: Any) ->
     return AttemptRow(**{**fields, **more})
 
 
+def _line(row: JobRow) -> JobLine:
+    fields = {name: getattr(row, name) for name in JobLine.__struct_fields__ if name in row.__struct_fields__}
+    run = (row.ended_at or NOW) - row.started_at if row.started_at else None
+    return JobLine(
+        **fields,
+        age=(NOW - row.submitted_at).total_seconds(),
+        duration=None if run is None else run.total_seconds(),
+    )
+
+
 class FakeStore:
     """Jobs in memory. ``away``: every call raises StoreUnavailable. ``calls`` says what was asked to change what."""
 
@@ -166,7 +176,7 @@ class FakeStore:
     async def list_lines(self, where: Filter) -> AsyncGenerator[list[JobLine], None]:
         async with aclosing(self.list_jobs(where)) as pages:
             async for page in pages:
-                yield [JobLine(*(getattr(row, name) for name in JobLine.__struct_fields__)) for row in page]
+                yield [_line(row) for row in page]
 
     async def show(self, job: int) -> tuple[JobRow, dict[str, Any], list[int], list[int]]:
         (row,) = await self.states([job])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from datetime import timedelta
 from typing import Any
 
 import anyio
@@ -78,7 +79,7 @@ async def test_list_adds_what_only_this_host_knows(world: World) -> None:
 async def test_a_brief_list_tells_the_same_of_what_it_tells_and_leaves_out_the_rest(world: World) -> None:
     world.store.add(
         job_row(1),
-        job_row(2, State.RUNNING, attempt=1, host="build1", step=0, step_name="old", steps_total=5),
+        job_row(2, State.RUNNING, attempt=1, started_at=NOW - timedelta(seconds=20), step=0, steps_total=5),
         job_row(3, State.FAILED, attempt=1, signal=9, reason="step", started_at=NOW, ended_at=NOW),
         job_row(4, State.WAITING, parents_left=2, run_at=NOW),
     )

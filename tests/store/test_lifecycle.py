@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from supervisor.model.errors import SessionRefused, UnknownJob, WrongState
-from supervisor.model.job import Filter, JobLine, JobRow, LeaseId, Outcome, State, StepRecord, StepState
+from supervisor.model.job import Filter, JobRow, LeaseId, Outcome, State, StepRecord, StepState
 from supervisor.store.pg import PgStore
 from tests.store.store_bench import TERM, Daemon, add, advance, end_of, host, pass_time, spec, stale, told
 
@@ -493,10 +493,17 @@ class TestReading:
         assert rows == await store.states([waiting, other, running.job, done])
         lines = [line async for page in store.list_lines(Filter(all=True)) for line in page]
         for line, row in zip(lines, rows, strict=True):
+            told = msgspec.structs.asdict(line)
+            age, duration = told.pop("age"), told.pop("duration")
             labels = row.labels if row.state is State.READY else None
-            assert msgspec.structs.asdict(line) == {
-                name: labels if name == "labels" else getattr(row, name) for name in JobLine.__struct_fields__
-            }
+            assert told == {name: labels if name == "labels" else getattr(row, name) for name in told}
+            assert 0 <= age < 60
+            if row.started_at is None:
+                assert duration is None
+            elif row.ended_at is not None:
+                assert duration == pytest.approx((row.ended_at - row.started_at).total_seconds(), abs=0.001)
+            else:
+                assert 0 <= duration <= age
         for row in rows:
             stored = await sql.fetchrow("SELECT * FROM bsup.jobs WHERE id = $1", row.id)
             assert stored is not None
