@@ -35,7 +35,9 @@ class Workers:
         self._closed = False
 
     def submit(self, work: Work) -> None:
-        """Begins it in the next turn of the loop."""
+        """Begins it in the next turn of the loop; drops it after ``cancel``."""
+        if self._closed:
+            return
         self._queue.append(work)
         if not self._looking:
             self._looking = True

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from supervisor.model.attempt import advance
+from supervisor.model.attempt import advance, begun, result_of, succeeded
 from supervisor.model.attempt_state import AttemptState, Cause, Stage
 from supervisor.model.attempt_words import (
     Adopted,
@@ -84,6 +84,41 @@ def test_the_record_of_its_end_is_its_end() -> None:
     state, effects = play(STARTED, ended(), Recorded())
     assert state.stage is Stage.OVER and effects == [CleanUp()]
     assert advance(state, Recorded()) == (state, [])
+
+
+def test_an_end_that_is_faster_than_the_word_of_its_start_counts() -> None:
+    state, effects = play(ended())
+    assert told(effects).outcome is Outcome.SUCCEEDED and told(effects).started_at == AT
+    assert advance(state, STARTED) == (state, [])
+
+
+def test_the_short_ways_are_the_rules() -> None:
+    """What most attempts come to is worked out at once; it is what the rules would have said."""
+    state, _ = play(STARTED)
+    assert begun(PLAN, AT) == state
+    after, effects = advance(state, ended())
+    assert succeeded(state, ended().end) == after
+    assert effects == [Tell(result_of(after), superseded=False)]
+
+
+@pytest.mark.parametrize(
+    ("events", "end"),
+    [
+        pytest.param([STARTED], ended(1), id="it failed"),
+        pytest.param([STARTED], ended(None, error="ValueError: no"), id="it raised"),
+        pytest.param([STARTED], ended(0, "stop"), id="it was stopped"),
+        pytest.param([STARTED], ended(None, "invalid"), id="it was invalid"),
+        pytest.param([STARTED, STOP], ended(), id="somebody stopped it"),
+        pytest.param([STARTED, LeaseGone()], ended(), id="its lease is gone"),
+        pytest.param([], ended(), id="its start was not told yet"),
+        pytest.param([STARTED, ended()], ended(), id="it was told before"),
+    ],
+)
+def test_whatever_is_not_a_plain_success_goes_by_the_rules(events: list[Event], end: StepEnded) -> None:
+    state, _ = play(*events)
+    assert succeeded(state, end.end) is None
+    steps = Plan((StepPlan(0, "build"),), None)
+    assert succeeded(play(STARTED, plan=steps)[0], ended().end) is None, "a process has a log to be completed"
 
 
 def test_a_failure_tells_the_handlers_words() -> None:
