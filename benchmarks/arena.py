@@ -117,13 +117,14 @@ class Arena:
         return {**inherited, **addresses, "BENCH_HOME": str(self.home), **extra}
 
     @contextlib.asynccontextmanager
-    async def client(self, contestant: Contestant, database: str) -> AsyncIterator[Client]:
+    async def client(self, contestant: Contestant, database: str, **settings: str) -> AsyncIterator[Client]:
         log = self.home / f"{contestant.key}.client"
         argv, environment = contestant.command("client")
+        environment = self._environment(database, {**environment, **settings})
         with log.open("w") as file:
             process = await asyncio.create_subprocess_exec(
                 *argv,
-                env=self._environment(database, environment),
+                env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

@@ -1,5 +1,6 @@
-"""bsup: jobs are submitted with its SQL functions, 5,000 a call; its worker is a real ``bsup daemon``, which this
-process becomes, with a configuration and a state directory of its own. ``BENCH_SLOTS`` sets the slots.
+"""bsup: jobs are submitted with its SQL functions, 5,000 a call: one spec and the args of each, or whole specs
+(``BENCH_SUBMIT=specs``). Its worker is a real ``bsup daemon``, which this process becomes, with a configuration and a
+state directory of its own. ``BENCH_SLOTS`` sets the slots.
 """
 
 import json
@@ -13,6 +14,7 @@ from driver import Peer, main, slices
 from stamps import Stamps
 
 SLOTS = "1000"
+KIND = '{"kind": "bench"}'
 CONFIG = """
 [host]
 name = "bench-{worker}"
@@ -38,13 +40,17 @@ class BsupPeer(Peer):
         await connection.execute("INSERT INTO bsup.kind (name) VALUES ('bench')")
 
     async def connect(self):
+        self.are_specs = os.environ.get("BENCH_SUBMIT") == "specs"
         self.connection = await asyncpg.connect(self.dsn)
 
     async def bulk(self, numbers):
         for some in slices(numbers, 5000):
-            await self.connection.execute(
-                "SELECT count(bsup.submit(spec)) FROM unnest($1::jsonb[]) AS spec", [spec(number) for number in some]
-            )
+            if self.are_specs:
+                specs = f"[{','.join(map(spec, some))}]"
+                await self.connection.fetchval("SELECT bsup.submit_many($1::jsonb)", specs)
+            else:
+                args = [f'{{"n": {number}}}' for number in some]
+                await self.connection.fetchval("SELECT bsup.submit_many($1::jsonb, $2::jsonb[])", KIND, args)
 
     async def whole(self, numbers):
         async with self.connection.transaction():
