@@ -32,6 +32,7 @@ GATHERED_ABOVE = 128
 """Slots of a host that gathers room: with more jobs ready than fit, many small claims cost far more than a few large
 ones. A quarter of the slots is waited for, but not longer than ``GATHER`` seconds."""
 GATHER = 0.005
+GATHER_LOOKS = 5
 
 TURN = 64
 """Jobs that are begun before the rest of the loop has its turn."""
@@ -165,7 +166,10 @@ class Claimer:
             return False
         if self._has_more and self._slots > GATHERED_ABOVE and free.slots < self._slots // 4:
             self._has_more = False
-            await asyncio.sleep(GATHER)
+            for _ in range(GATHER_LOOKS):
+                await asyncio.sleep(GATHER / GATHER_LOOKS)
+                if self._free().slots >= self._slots // 4:
+                    break
             return True
         # First what is known: between a wake-up and the claim there is no other statement.
         if self._needs and await self._claim(me, free):
