@@ -58,7 +58,7 @@ class Contestant:
 
 BSUP_UNFINISHED = "SELECT (SELECT count(*) FROM bsup.ready) + (SELECT count(*) FROM bsup.lease)"
 
-BSUP = Contestant("bsup", "bsup", BSUP_UNFINISHED, "slots 1,000", is_own=True)
+BSUP = Contestant("bsup", "bsup", BSUP_UNFINISHED, "slots 2,000", is_own=True)
 BARE = Contestant(
     "bare", "bare asyncpg loop", BSUP_UNFINISHED, "bsup's own claim and finish", is_own=True, schema="bsup"
 )

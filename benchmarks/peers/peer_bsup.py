@@ -13,7 +13,7 @@ import asyncpg
 from driver import Peer, main, slices
 from stamps import Stamps
 
-SLOTS = "1000"
+SLOTS = "2000"
 KIND = '{"kind": "bench"}'
 CONFIG = """
 [host]
