@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -33,6 +34,31 @@ async def test_a_handler_is_given_all_that_it_needs() -> None:
     assert (job.id, job.name, job.kind, job.attempt, job.args) == (7, "a job", "noop", 3, {"path": "a"})
     assert dict(job.secrets) == {"TOKEN": "hunter2"}
     assert "hunter2" not in repr(job)
+
+
+async def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
+    """It is what people begin from."""
+    text = (Path(__file__).parents[1] / "docs/how-to/run-python-functions.md").read_text()
+    example: dict[str, Any] = {"__name__": "gallery.jobs"}
+    exec(text.partition("```python\n")[2].partition("```")[0], example)
+    checksums = example["checksums"]
+    digest = hashlib.sha256(b"x").hexdigest()
+    archives = {"a.tar.gz": "x", "b.tar.gz": "x"}
+    for name, content in archives.items():
+        (tmp_path / name).write_text(content)
+
+    def folder() -> dict[str, str]:
+        return {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+    stopped = InProcessJob(LEASE, {"folder": str(tmp_path)})
+    stopped.ask_to_stop()
+    await checksums(stopped)
+    assert stopped.has_looked and folder() == archives
+    for _ in range(2):
+        await checksums(InProcessJob(LEASE, {"folder": str(tmp_path)}))
+    assert folder() == {**archives, "a.tar.gz.sha256": digest, "b.tar.gz.sha256": digest}
+    with pytest.raises(InvalidInput, match=r"args\.folder"):
+        await checksums(InProcessJob(LEASE, {}))
 
 
 async def test_a_stop_is_seen_by_who_looks_before_it_and_by_who_looks_after() -> None:
