@@ -83,6 +83,8 @@ class Dispatch:
             verdicts |= more
         if blocked:
             raise StoreUnavailable("finish: the database did not answer for every lease")
+        if not verdicts and len(mine) == len(ends):
+            return [Verdict(end.lease, True, end.outcome) for end in ends]
         return [verdicts.get(end.lease) or _as_told(end, end.lease in mine) for end in ends]
 
     async def _finish(
@@ -99,8 +101,8 @@ class Dispatch:
             _outcomes(ends),
             _sparse([end.exit_code for end in ends]),
             _sparse([end.signal for end in ends]),
-            _sparse([storable(end.error) for end in ends]),
-            _sparse([storable(end.reason) for end in ends]),
+            _texts([end.error for end in ends]),
+            _texts([end.reason for end in ends]),
             _sparse([end.retry_delay for end in ends]),
             _sparse([unix(end.started_at) for end in ends]),
             _sparse([unix(end.ended_at) for end in ends]),
@@ -162,6 +164,10 @@ def _outcomes(ends: Sequence[AttemptEnd]) -> list[Outcome] | None:
     """None: all succeeded."""
     outcomes = [end.outcome for end in ends]
     return None if outcomes.count(Outcome.SUCCEEDED) == len(outcomes) else outcomes
+
+
+def _texts(texts: list[str | None]) -> list[str | None] | None:
+    return None if texts.count(None) == len(texts) else [storable(text) for text in texts]
 
 
 def _sparse(values: list[T | None]) -> list[T | None] | None:
