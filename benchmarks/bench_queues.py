@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from arena import Arena
 from contestants import BARE, BSUP, DRAIN, GRAPHILE, OBAN, PEERS_ALL, PGQUEUER, PROCRASTINATE, Contestant, Missing
 from measured import (
+    REPEATS,
     Bar,
     Findings,
     Measured,
@@ -21,6 +22,7 @@ from measured import (
     of_samples,
     percentile,
     ratio,
+    repeats,
     unmeasured,
 )
 
@@ -35,7 +37,8 @@ async def run(quick: bool) -> Findings:
     bench = Queues(arena, quick)
     try:
         await bench.drains()
-        await bench.two_at_work(3 if quick else 5)
+        if not quick:
+            await bench.two_at_work()
         await bench.bulks()
         await bench.pickups()
         return Findings(bench.measured, bench.bars, bench.series, bench.notes)
@@ -65,7 +68,7 @@ class Queues:
             submitted.setdefault(contestant.key, []).append(contestant.jobs / seconds)
             return (await self.arena.drain(contestant, database, contestant.jobs)).rate
 
-        rounds = 3 if self.quick else 5
+        rounds = repeats(self.quick)
         found = await self._in_turn(everybody, drain, rounds)
         for contestant in of_those(everybody, found):
             what = DRAINED.format(jobs=contestant.jobs, label=contestant.label)
@@ -82,19 +85,17 @@ class Queues:
             for contestant in of_those(everybody, found)
         ]
 
-    async def two_at_work(self, rounds: int) -> None:
+    async def two_at_work(self) -> None:
         """Both wait when the jobs are committed: so both begin with the first."""
 
         def daemons(count: int) -> Callable[[], Awaitable[float | None]]:
             return lambda: self._guarded(BSUP, lambda _: self.arena.drain_waiting(BSUP, DRAIN, count))
 
-        found = await interleave({"one": daemons(1), "two": daemons(2)}, rounds)
+        found = await interleave({"one": daemons(1), "two": daemons(2)}, REPEATS)
         for name, samples in found.items():
             if samples:
                 self._row(f"{DRAIN:,} committed at once while {name} of bsup's daemons waits", "jobs/s", samples)
         self._bar_ratio("drain with two daemons, to one", found["two"], found["one"], 1.0)
-        if self.quick:
-            return
 
         async def two(contestant: Contestant) -> float:
             database = await self.arena.fresh(contestant)
@@ -103,7 +104,7 @@ class Queues:
             return (await self.arena.drain(contestant, database, contestant.jobs, 2)).rate
 
         peers = (PGQUEUER, GRAPHILE)
-        twos = await self._in_turn(peers, two, rounds)
+        twos = await self._in_turn(peers, two, REPEATS)
         for contestant in of_those(peers, twos):
             what = f"drain {contestant.jobs:,} by two processes: {contestant.label}"
             self._row(what, "jobs/s", twos[contestant.key], contestant.settings)
@@ -118,7 +119,7 @@ class Queues:
         everybody = (BSUP, PGQUEUER, GRAPHILE)
         contest: dict[str, Sampler] = {one.key: lambda one=one: self._guarded(one, submit) for one in everybody}
         contest["specs"] = lambda: self._guarded(BSUP, lambda one: submit(one, BENCH_SUBMIT="specs"))
-        found = await interleave(contest, 3 if self.quick else 5)
+        found = await interleave(contest, 2 if self.quick else REPEATS)
         for contestant in of_those(everybody, found):
             self._row(f"bulk submit of {BULK:,}: {contestant.label}", "jobs/s", found[contestant.key])
         if found["specs"]:
@@ -128,7 +129,7 @@ class Queues:
 
     async def pickups(self) -> None:
         peers = (PGQUEUER, PROCRASTINATE) if self.quick else (PGQUEUER, PROCRASTINATE, GRAPHILE, OBAN)
-        rounds, each = (1, 150) if self.quick else (5, PICKUPS // 5)
+        rounds, each = (1, 100) if self.quick else (REPEATS, PICKUPS // REPEATS)
         times: Samples = {}
         tails: Samples = {}
 
