@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from random import Random
 
@@ -33,6 +34,9 @@ GATHERED_ABOVE = 128
 ones. A quarter of the slots is waited for, but not longer than ``GATHER`` seconds."""
 GATHER = 0.005
 GATHER_LOOKS = 5
+
+OVERDUE = 2
+"""Polls after which new needs are looked for in any case. An idle host does so at each of them."""
 
 TURN = 64
 """Jobs that are begun before the rest of the loop has its turn."""
@@ -73,6 +77,7 @@ class Claimer:
         self._needs: tuple[int, ...] = ()
         self._last_need = 0
         self._needs_stale = True
+        self._needs_read = -math.inf
         self._idle = False
         self._must_reconcile = False
         self._has_more = False
@@ -171,7 +176,10 @@ class Claimer:
                 if self._free().slots >= self._slots // 4:
                     break
             return True
-        # First what is known: between a wake-up and the claim there is no other statement.
+        # First what is known: between a wake-up and the claim there is no other statement. But a backlog of that must
+        # not keep a job with a new need, whatever its priority, from being seen.
+        if self._are_needs_overdue:
+            await self._refresh_needs()
         if self._needs and await self._claim(me, free):
             return True
         if self._needs_stale and await self._refresh_needs():
@@ -183,8 +191,8 @@ class Claimer:
         return True
 
     async def _claim(self, me: Me, free: Free) -> int:
-        """Claims what fits; while a claim is answered in full and there is room, the next is under way already when its
-        jobs are begun. Returns how many."""
+        """Claims what fits; while a claim is answered in full, there is room, and nothing else is to be done, the next is
+        under way already when its jobs are begun. Returns how many."""
         self.in_flight = True
         self._has_more = False
         claimed = 0
@@ -196,7 +204,7 @@ class Claimer:
                 claimed += len(leases)
                 self._has_more = len(leases) == room.slots
                 free = less(self._free(), leases)
-                if not self._has_more or self.paused or free.slots <= self._slots // 4:
+                if not self._has_more or free.slots <= self._slots // 4 or self._is_wanted_elsewhere(me):
                     break
                 room = self._room(free)
                 asking = asyncio.create_task(self._store.claim(me, self._counters(me, room), room))
@@ -218,6 +226,20 @@ class Claimer:
             # It works now; commits that make jobs ready need not wake it.
             await self._say_idle(me, False)
         return claimed
+
+    def _is_wanted_elsewhere(self, me: Me) -> bool:
+        return (
+            self.paused
+            or self.fenced
+            or self._must_reconcile
+            or self._idle
+            or self._are_needs_overdue
+            or self._me != me
+        )
+
+    @property
+    def _are_needs_overdue(self) -> bool:
+        return asyncio.get_running_loop().time() - self._needs_read > OVERDUE * self._poll
 
     def _room(self, free: Free) -> Room:
         return Room(
@@ -258,6 +280,7 @@ class Claimer:
         except BaseException:
             self._needs_stale = True
             raise
+        self._needs_read = asyncio.get_running_loop().time()
         for need in new:
             self._last_need = max(self._last_need, need.id)
             if serves(self._labels, self._kinds, kind=need.kind, needed=need.labels):

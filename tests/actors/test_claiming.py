@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from itertools import pairwise
 from random import Random
 
+import msgspec
 import pytest
 
 from supervisor.actors.claiming import GATHER, GATHERED_ABOVE, MOST_AT_ONCE, TURN, Claimer
-from supervisor.model.job import HostInfo, Lease, Me
+from supervisor.model.job import HostInfo, Lease, LeaseId, Me
 from supervisor.model.policies import Free
+from supervisor.ports import Need, Room
 from tests.actors.fake_store import FakeStore
 from tests.actors.fakes import now
 from tests.actors.harness import until
@@ -229,3 +232,121 @@ async def test_leases_of_a_session_that_is_gone_meanwhile_are_not_begun(store: F
         await until(lambda: bool(host.taken))
         await asyncio.sleep(1)
         assert len(host.taken) == TURN
+
+
+async def test_a_backlog_of_what_is_known_does_not_hide_a_new_need(store: FakeStore) -> None:
+    """A host that is never idle sees it, too: its jobs may be the more urgent ones."""
+    async with claiming(store, 2, poll=5.0) as host:
+        store.add(1000)
+        store.add(1, kind="task")
+        await until(lambda: len(host.taken) == 2)
+        for _ in range(20):
+            await asyncio.sleep(1)
+            host.end(1)
+        assert store.calls.count("needs") >= 1 and host.claimer.needs == 2
+        assert store.calls.count("needs") <= 4, "but not before each claim"
+
+
+class Endless:
+    """A store that has always more, and a host whose jobs end at once: claims never come back short."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.sessions: list[Me] = []
+        self.taken = 0
+        self.claimer = Claimer(
+            self,  # type: ignore[arg-type]  # a claimer calls no more than these
+            kinds=frozenset(["steps"]),
+            labels=frozenset(),
+            slots=4 * MOST_AT_ONCE,
+            poll=1.0,
+            free=lambda: Free(4 * MOST_AT_ONCE, None, None),
+            take=self._take,
+            reconcile=self._reconcile,
+            on_refused=lambda me: None,
+            on_paused=lambda: self.said.append("paused"),
+            rng=Random(0),
+        )
+
+    @property
+    def claims(self) -> int:
+        return self.said.count("claim")
+
+    async def needs(self, after: int) -> list[Need]:
+        self.said.append("needs")
+        return [Need(1, "steps", ())] if after == 0 else []
+
+    async def claim(self, me: Me, first: int, room: Room) -> list[Lease]:
+        self.said.append("claim")
+        self.sessions.append(me)
+        await asyncio.sleep(0.01)
+        at = datetime(2024, 1, 1, tzinfo=UTC)
+        return [
+            Lease(LeaseId(me.session, first + n), n, 1, "steps", "j", msgspec.Raw(b"{}"), {}, {}, 1, 0, 0, at)
+            for n in range(room.slots)
+        ]
+
+    async def set_idle(self, me: Me, idle: bool) -> None:
+        self.said.append(f"idle {idle}")
+
+    def _take(self, lease: Lease) -> None:
+        self.taken += 1
+
+    async def _reconcile(self, me: Me) -> None:
+        self.said.append("reconcile")
+
+    async def more(self, claims: int) -> list[str]:
+        """What it does in so many claims more."""
+        before, said = self.claims, len(self.said)
+        await until(lambda: self.claims >= before + claims, within=60)
+        return self.said[said:]
+
+
+@asynccontextmanager
+async def endless() -> AsyncIterator[Endless]:
+    host = Endless()
+    host.claimer.set_session(Me("5e55" * 8, "1" * 32, 1))
+    task = asyncio.create_task(host.claimer.run())
+    await host.more(5)
+    yield host
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_the_next_claim_is_under_way_while_jobs_are_begun() -> None:
+    async with endless() as host:
+        assert host.claimer.in_flight
+        begun = host.taken
+        assert set(await host.more(5)) == {"claim"}
+        assert host.taken > begun and len(set(host.sessions)) == 1
+
+
+async def test_a_long_backlog_lets_the_host_do_what_else_is_to_be_done() -> None:
+    """What is asked for in the middle of it is done after the claim that is under way, or the next."""
+    async with endless() as host:
+        host.claimer.want_reconciliation()
+        assert "reconcile" in await host.more(3)
+        assert "needs" in await host.more(400), "new needs are looked for"
+        host.claimer.set_session(Me("5e55" * 8, "2" * 32, 2))
+        assert (await host.more(3)).count("reconcile") == 1
+        await host.more(2)
+        assert host.sessions[-1].epoch == 2
+
+
+@pytest.mark.parametrize("reason", ["fenced", "paused"])
+async def test_no_backlog_keeps_a_host_claiming_that_must_not(reason: str) -> None:
+    async with endless() as host:
+        setattr(host.claimer, reason, True)
+        claims = host.claims
+        await asyncio.sleep(60)
+        assert host.claims <= claims + 1 and not host.claimer.in_flight
+        setattr(host.claimer, reason, False)
+        host.claimer.wake()
+        await host.more(3)
+
+
+async def test_a_host_that_was_idle_says_at_once_that_it_works() -> None:
+    """Else each commit would wake it for as long as the backlog lasts."""
+    async with endless() as host:
+        host.claimer._idle = True
+        assert "idle False" in await host.more(3)
