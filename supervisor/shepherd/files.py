@@ -297,24 +297,6 @@ def remove_tree(parent: int, name: str, most: int | None = None) -> None:
     os.rmdir(name, dir_fd=parent)
 
 
-def remove_empty(parent: int, name: str, parts: tuple[str, ...]) -> bool:
-    """Removes a directory that has nothing in it but empty ones of these names, in few calls; False: it has more. Some
-    of it may be gone then."""
-    try:
-        top = os.open(name, _DIRECTORY, dir_fd=parent)
-    except OSError:
-        return False
-    try:
-        for part in parts:
-            os.rmdir(part, dir_fd=top)
-        os.rmdir(name, dir_fd=parent)
-    except OSError:
-        return False
-    finally:
-        os.close(top)
-    return True
-
-
 def _unlink_entries(directory: int, room: _Room) -> list[str]:
     """Removes what is no directory, and directories that are empty; returns the others, open for their owner."""
     below = []

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import sys
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -14,6 +16,9 @@ _CLONE_NEWNS = 0x00020000
 _MS_BIND = 0x1000
 _MS_REC = 0x4000
 _MS_SLAVE = 1 << 19
+
+_LONG = ctypes.sizeof(ctypes.c_long)
+_GET_FLAGS = 2 << 30 | _LONG << 16 | ord("f") << 8 | 1
 
 # Loaded at the start: a child of a fork does as little as it can.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -58,6 +63,14 @@ def bind(source: int, target: str, *, recursive: bool = False) -> None:
     """Shows the directory open as ``source`` at ``target`` too."""
     flags = _MS_BIND | (_MS_REC if recursive else 0)
     _check(_libc.mount(f"/proc/self/fd/{source}".encode(), os.fsencode(target), None, flags, None))
+
+
+def inode_flags(fd: int) -> int:
+    """What ``lsattr`` shows; 0 where the file system knows none."""
+    try:
+        return int.from_bytes(fcntl.ioctl(fd, _GET_FLAGS, bytes(_LONG)), sys.byteorder)
+    except OSError:
+        return 0
 
 
 def _prctl(option: int, value: int) -> None:

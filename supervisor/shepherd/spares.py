@@ -1,13 +1,15 @@
-"""Run directories that are over, emptied and kept for the next ones. Standard library only; ``host`` calls it.
+"""Directories of runs that are over, emptied and kept for the next ones. Standard library only; ``trees`` has it.
 
-A file that is made costs an inode that must be found: on ext4 without a journal that takes the longer the more files
-were deleted in the last minutes, up to half a millisecond, and ten of them make a run. So a run's directory with what
-every run has (its files under the names they are written by before they are renamed, empty FIFOs) is moved to
-``spare/`` instead of being removed, and back again under another lease.
+What is made costs an inode that must be found: on ext4 without a journal that takes the longer the more files were
+deleted in the last minutes, up to half a millisecond, and a dozen of them make a run. So a run's directory with what
+every run has (its files under the names they are written by before they are renamed, its FIFOs), and a workspace that
+is empty again, are moved to ``spare/`` instead of being removed, and back again under another lease. Each leaves its
+place in one move, before anything of it is undone, and only one that was undone wholly is ever taken.
 
-Jobs never see these directories, only the two FIFOs: those are kept only if nobody holds them any more, as a process
-to whom a job handed one would read what the next job writes. A run leaves ``runs/`` in one move, before anything of it
-is undone, and only one that was undone wholly is ever taken.
+Nothing of one job reaches the next. FIFOs are kept only if nobody holds them any more: a process to whom a job handed
+one would read what the next job writes. A workspace is kept only if it is as it was made: no entry, mode, attribute or
+flag more. Who holds a descriptor of it still can't enter it, as it is another uid's by then; the names of what lies
+directly in it is all that could be learnt, and less than /proc tells of any process.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ import contextlib
 import os
 import stat
 
+from supervisor.shepherd import linux
 from supervisor.shepherd.files import Refusal, StateDirectory, TooLarge, remove_tree, say
 from supervisor.shepherd.output import FIFOS
 
 SPARE = "spare"
+PARTS = ("src", "tmp", "home")
+"""What a workspace has in it."""
 _MOST = 64
 _ENTRIES = 64
 _STEP = "0"
@@ -27,7 +32,12 @@ _KEPT = ("claim", "started", "exit", "closed")
 _SECRET = "spec"
 
 
-class Spares:
+class _Spares:
+    """``top``: where they come from and go to. ``prefix`` begins the names of these in ``spare/``."""
+
+    top: str
+    prefix: str
+
     def __init__(self, state: StateDirectory) -> None:
         """Removes what a shepherd before left half undone."""
         self._state = state
@@ -38,41 +48,81 @@ class Spares:
         for name in os.listdir(self._directory):
             if name.startswith("."):
                 remove_tree(self._directory, name)
-            else:
+            elif name.startswith(self.prefix):
                 self._names.append(name)
 
-    def keep(self, run: str) -> bool:
-        """Undoes the run and keeps its directory; False: it is to be removed, as it is large, or there are enough."""
+    def keep(self, name: str) -> bool:
+        """Undoes what has this name, and keeps it; False: it is to be removed, as there is more to it."""
         if len(self._names) >= _MOST:
             return False
         self._made += 1
-        name = f"{os.getpid()}-{self._made}"
-        undone = f".{name}"
-        runs = self._state.open("runs")
+        spare = f"{self.prefix}{os.getpid()}-{self._made}"
+        undone = f".{spare}"
+        place = self._state.open(self.top)
         try:
-            os.rename(run, undone, src_dir_fd=runs, dst_dir_fd=self._directory)
+            os.rename(name, undone, src_dir_fd=place, dst_dir_fd=self._directory)
             try:
                 self._undo(undone)
-                os.rename(undone, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+                os.rename(undone, spare, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             except (OSError, Refusal, TooLarge):
-                os.rename(undone, run, src_dir_fd=self._directory, dst_dir_fd=runs)
+                os.rename(undone, name, src_dir_fd=self._directory, dst_dir_fd=place)
                 return False
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
-                say(f"runs/{run}: {error}")
+                say(f"{self.top}/{name}: {error}")
             return False
         finally:
-            os.close(runs)
-        self._names.append(name)
+            os.close(place)
+        self._names.append(spare)
         return True
 
-    def take(self, runs: int, run: str) -> bool:
-        """Whether the run's directory, which must not be there, is now, with an empty one for its first step."""
+    def take(self, parent: int, name: str) -> bool:
+        """Whether one is there now under this name, which must not have been."""
         while self._names:
             with contextlib.suppress(OSError):
-                os.rename(self._names.pop(), run, src_dir_fd=self._directory, dst_dir_fd=runs)
+                os.rename(self._names.pop(), name, src_dir_fd=self._directory, dst_dir_fd=parent)
                 return True
         return False
+
+    def _undo(self, name: str) -> None:
+        """Raises OSError, Refusal or TooLarge where it is not as it should be."""
+        raise NotImplementedError
+
+
+class SpareWorkspaces(_Spares):
+    top = "work"
+    prefix = "w"
+
+    def _undo(self, name: str) -> None:
+        plain = linux.inode_flags(self._directory)
+        top = self._state.open(SPARE, name)
+        try:
+            self._check(top, plain, set(PARTS))
+            for part in PARTS:
+                directory = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+                try:
+                    self._check(directory, plain, set())
+                finally:
+                    os.close(directory)
+        finally:
+            os.close(top)
+
+    @staticmethod
+    def _check(directory: int, plain: int, names: set[str]) -> None:
+        if (
+            set(os.listdir(directory)) != names
+            or stat.S_IMODE(os.fstat(directory).st_mode) != 0o700
+            or os.listxattr(directory)
+            or linux.inode_flags(directory) != plain
+        ):
+            raise TooLarge
+
+
+class SpareRuns(_Spares):
+    """Each with a directory for its first step."""
+
+    top = "runs"
+    prefix = "r"
 
     def _undo(self, name: str) -> None:
         run = self._state.open(SPARE, name)

@@ -23,16 +23,14 @@ from supervisor.shepherd.files import (
     TooLarge,
     chown_tree,
     exists,
-    remove_empty,
     remove_tree,
 )
-from supervisor.shepherd.spares import Spares
+from supervisor.shepherd.spares import PARTS, SpareRuns, SpareWorkspaces
 from supervisor.shepherd.spawn import fork_quietly, reset_signals
 from supervisor.shepherd.spec import Policy
 
 _WORKERS = 4
 _REMOVED_AT_ONCE = 64
-_PARTS = ("src", "tmp", "home")
 _INTENT = re.compile(r"(?:[0-9]{1,6}/)?spec|0/plan\.json")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -57,7 +55,8 @@ class Trees:
         self.policy = policy
         self._state = state
         self._user_of = user_of
-        self._spares = Spares(state)
+        self._spare_runs = SpareRuns(state)
+        self._spare_workspaces = SpareWorkspaces(state)
         self._workers: dict[int, _Work] = {}
         self._waiting: deque[_Work] = deque()
 
@@ -96,7 +95,7 @@ class Trees:
     def _run_directory(self, run: str) -> int:
         runs = self._state.open("runs")
         try:
-            if not exists(runs, run) and not self._spares.take(runs, run):
+            if not exists(runs, run) and not self._spare_runs.take(runs, run):
                 self._make(runs, run, self.policy.owner)
             return os.open(run, _DIRECTORY, dir_fd=runs)
         finally:
@@ -123,12 +122,16 @@ class Trees:
         try:
             work = self._state.open("work")
             try:
-                self._make(work, name, owner)
+                is_spare = not exists(work, name) and self._spare_workspaces.take(work, name)
+                if not is_spare:
+                    self._make(work, name, owner)
                 within = os.open(name, _DIRECTORY, dir_fd=work)
             finally:
                 os.close(work)
             try:
-                for part in _PARTS:
+                if is_spare:
+                    _chown(within, *(owner or (os.geteuid(), os.getegid())))
+                for part in () if is_spare else PARTS:
                     self._make(within, part, owner)
             finally:
                 os.close(within)
@@ -193,19 +196,11 @@ class Trees:
 
     def _remove_at_once(self, top: str, name: str) -> bool:
         try:
-            if not (self._spares.keep(name) if top == "runs" else self._remove_plain(name)):
+            if not (self._spare_runs if top == "runs" else self._spare_workspaces).keep(name):
                 self._remove(top, name, _REMOVED_AT_ONCE)
         except (TooLarge, OSError):
             return False  # for a worker, which says what is wrong
         return True
-
-    def _remove_plain(self, name: str) -> bool:
-        """A workspace in which nothing was left."""
-        work = self._state.open("work")
-        try:
-            return remove_empty(work, name, _PARTS)
-        finally:
-            os.close(work)
 
     def _remove(self, top: str, name: str, most: int | None = None) -> None:
         """By descriptors, so that no symlink leads it out."""
@@ -258,6 +253,12 @@ class Trees:
             said = file.read(4096).decode(errors="replace")
         work.answer(None if said == "done" else said or "the worker died")
         self._start_workers()
+
+
+def _chown(workspace: int, uid: int, gid: int) -> None:
+    for part in PARTS:
+        os.chown(part, uid, gid, dir_fd=workspace, follow_symlinks=False)
+    os.fchown(workspace, uid, gid)
 
 
 def _do(work: _Work, report: int) -> None:
