@@ -191,8 +191,8 @@ class Claimer:
         return True
 
     async def _claim(self, me: Me, free: Free) -> int:
-        """Claims what fits; while a claim is answered in full, there is room, and nothing else is to be done, the next is
-        under way already when its jobs are begun. Returns how many."""
+        """Claims what fits; while a claim is answered in full, there is room, and nothing else is to be done, the next
+        one is under way already when its jobs are begun. Returns how many."""
         self.in_flight = True
         self._has_more = False
         claimed = 0
