@@ -24,6 +24,8 @@ SECRET = "s3cr3t-Value-88"
 GALLERY = """
 import asyncio
 import logging
+import os
+import time
 from pathlib import Path
 
 from supervisor.kinds import InProcessJob
@@ -46,6 +48,15 @@ async def broken(job: InProcessJob) -> None:
 
 async def leave(job: InProcessJob) -> None:
     raise SystemExit(3)
+
+
+async def block(job: InProcessJob) -> None:
+    marks = Path(job.args["marks"])
+    if job.attempt == 1:
+        (marks / "pid").write_text(str(os.getpid()))
+        time.sleep(1000)
+    if Path("/proc", (marks / "pid").read_text()).exists():
+        (marks / "overlap").touch()
 """
 
 
@@ -58,7 +69,7 @@ def gallery(short_dir: Path) -> dict[str, Any]:
     """What a daemon needs to know kinds of a user's own: a module on its path, and their names."""
     (short_dir / "gallery").mkdir()
     (short_dir / "gallery" / "jobs.py").write_text(GALLERY)
-    kinds = {name: f"gallery.jobs:{name}" for name in ("thumbnail", "broken", "leave")}
+    kinds = {name: f"gallery.jobs:{name}" for name in ("thumbnail", "broken", "leave", "block")}
     entries = ", ".join(f'"{name}" = "{path}"' for name, path in kinds.items())
     path = os.pathsep.join([str(short_dir), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {"config": f"{QUICK}[jobs]\ngrace = 5\nkinds = {{ {entries} }}\n", "env": {"PYTHONPATH": path}}
@@ -206,6 +217,22 @@ def test_a_handler_that_exits_ends_its_job_and_not_the_daemon(daemons: Start, ga
     assert daemon.cli.wait(job) != 0
     assert "SystemExit" in daemon.cli.show(job)["error"]
     assert daemon.process is not None and daemon.process.poll() is None
+
+
+def test_a_daemon_that_a_handler_blocks_is_killed_at_the_fence_before_another_runs_its_job(
+    daemons: Start, gallery: Any, marks: Path
+) -> None:
+    """It can neither renew nor end the job, so the shepherd ends it: no job runs on two hosts at once."""
+    two = daemons("b", config=QUICK)
+    one = daemons("a", **gallery)
+    job = two.cli.submit({"kind": "block", "args": {"marks": str(marks)}})
+    until((marks / "pid").exists, "it blocks")
+    assert one.process is not None and one.process.wait(60) == -signal.SIGKILL
+    daemons("c", **gallery)
+    assert two.cli.wait(job) == 0
+    shown = two.cli.show(job)
+    assert (shown["losses"], shown["host"], shown["attempt"]) == (1, "c", 2)
+    assert not (marks / "overlap").exists()
 
 
 def test_a_stop_is_heard(daemons: Start, gallery: Any, marks: Path) -> None:
