@@ -25,8 +25,8 @@ from supervisor.actors.job_words import end_of, fit_to_leave, moved_of, success_
 from supervisor.actors.ledger import Owner
 from supervisor.mailbox import Ask, Mailbox, Told
 from supervisor.messages import Beat, DispatcherMessage, JobAlive, JobMessage, JobMoved, JobOver, JobStart
-from supervisor.model.attempt import advance, begun, succeeded
-from supervisor.model.attempt_state import AttemptState, Stage
+from supervisor.model.attempt import advance
+from supervisor.model.attempt_state import AttemptState, Stage, begun, succeeded
 from supervisor.model.attempt_words import (
     AbandonPrepare,
     Adopted,

@@ -86,23 +86,6 @@ def advance(state: AttemptState, event: Event) -> Next:
     return RULES[type(event)](state, event)
 
 
-def begun(plan: Plan, at: datetime) -> AttemptState:
-    """What ``Prepared`` and ``StepStarted`` come to for a new attempt of one step without a timeout of the job's own:
-    the rules in short, as most jobs of in-process kinds begin so, by thousands a second."""
-    step = plan.steps[0]
-    record = StepRecord(index=step.index, name=step.name, state=_RUNNING, started_at=at)
-    return AttemptState(stage=_STEPPING, plan=plan, steps=(record,), current=0, started_at=at)
-
-
-def succeeded(state: AttemptState, end: StepEnd) -> AttemptState | None:
-    """What ``StepEnded`` comes to for an in-process attempt that nobody stopped and that succeeded; None for any
-    other: then the rules are to be asked. Its end is to be told."""
-    if end.exit_code != 0 or end.cause or state.cause or state.stage is not _STEPPING or not _is_in_process(state):
-        return None
-    record = _replace(state.steps[0], state=_SUCCEEDED, exit_code=0, ended_at=end.ended_at)
-    return _replace(state, stage=_TELLING, current=None, steps=(record,))
-
-
 def result_of(state: AttemptState) -> Result:
     """The result as the state stands: the cause from outside, if one decided, else what the steps say."""
     outcome, reason = _OUTCOMES[state.cause]

@@ -10,8 +10,8 @@ from datetime import datetime
 
 import msgspec
 
-from supervisor.model.attempt_words import Plan
-from supervisor.model.job import Phase, StepRecord
+from supervisor.model.attempt_words import Plan, StepEnd
+from supervisor.model.job import Phase, StepRecord, StepState
 
 
 class Stage(enum.IntEnum):
@@ -27,7 +27,8 @@ class Stage(enum.IntEnum):
 
 
 # Read for every event of every job: a member of an enum takes several times as long to read as a global.
-_FLUSHING = Stage.FLUSHING
+_STEPPING, _FLUSHING, _TELLING = Stage.STEPPING, Stage.FLUSHING, Stage.TELLING
+_STEP_RUNNING, _STEP_SUCCEEDED = StepState.RUNNING, StepState.SUCCEEDED
 _RUNNING = Phase.RUNNING
 
 
@@ -85,3 +86,22 @@ class AttemptState(msgspec.Struct, frozen=True, kw_only=True):
         if self.cause:
             return Phase.STOPPING
         return _RUNNING if self.stage else Phase.STARTING
+
+
+def begun(plan: Plan, at: datetime) -> AttemptState:
+    """What ``Prepared`` and ``StepStarted`` come to for a new attempt of one step without a timeout of the job's own:
+    the rules in short, as most jobs of in-process kinds begin so, by thousands a second."""
+    step = plan.steps[0]
+    record = StepRecord(index=step.index, name=step.name, state=_STEP_RUNNING, started_at=at)
+    return AttemptState(stage=_STEPPING, plan=plan, steps=(record,), current=0, started_at=at)
+
+
+def succeeded(state: AttemptState, end: StepEnd) -> AttemptState | None:
+    """What ``StepEnded`` comes to for an in-process attempt that nobody stopped and that succeeded; None for any
+    other: then the rules are to be asked. Its end is to be told."""
+    if end.exit_code != 0 or end.cause or state.cause or state.stage is not _STEPPING:
+        return None
+    if state.plan is None or not state.plan.in_process:
+        return None
+    record = msgspec.structs.replace(state.steps[0], state=_STEP_SUCCEEDED, exit_code=0, ended_at=end.ended_at)
+    return msgspec.structs.replace(state, stage=_TELLING, current=None, steps=(record,))

@@ -73,6 +73,8 @@ def normalize_task(raw: Mapping[str, Any]) -> dict[str, Any]:
     InvalidInput."""
     job = dict(raw)
     check_kind(job["kind"])
+    if "steps" in job:
+        raise InvalidInput("steps", f"are for jobs of kind `steps`, and this one's kind is {job['kind']!r}", "steps")
     job["secrets"] = check_secrets(job.get("secrets"), stored=False)
     job["redact"] = check_redact(job.get("redact"))
     if job.get("args") is not None:

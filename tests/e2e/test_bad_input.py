@@ -121,7 +121,7 @@ def test_a_viewer_cannot_stop_and_a_stranger_cannot_look(daemons: Start) -> None
         words = [*args, "--socket", str(daemon.socket)]
         first = [word.replace(str(job), "999999") if word == str(job) else word for word in words]
         code = (
-            "import os, sys; from supervisor.__main__ import main; sys.stdout = open(os.devnull, 'w')\n"
+            "import os, sys; from supervisor.cli.entry import main; sys.stdout = open(os.devnull, 'w')\n"
             f"main({first!r}); sys.stdout = sys.__stdout__\n"
             f"os.setgroups([]); os.setgid({uid}); os.setuid({uid}); sys.exit(main({words!r}))"
         )

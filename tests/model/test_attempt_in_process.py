@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from supervisor.model.attempt import advance, begun, result_of, succeeded
-from supervisor.model.attempt_state import AttemptState, Cause, Stage
+from supervisor.model.attempt import advance, result_of
+from supervisor.model.attempt_state import AttemptState, Cause, Stage, begun, succeeded
 from supervisor.model.attempt_words import (
     Adopted,
     ArmTimeout,

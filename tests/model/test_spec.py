@@ -186,7 +186,7 @@ BAD: list[tuple[str, object, str, str]] = [
     ("no kind", {"steps": [STEP]}, "kind", "missing"),
     ("what is no kind", job(kind="Container"), "kind", "there is no kind 'Container' (allowed: lower-case"),
     ("a kind too long", {"kind": "a" * 65}, "kind", "at most 64"),
-    ("steps of another kind", job(kind="container"), "steps", "is not a known key"),
+    ("steps of another kind", job(kind="container"), "steps", "are for jobs of kind `steps`"),
     ("args of steps", job(args={}), "args", "is not a known key"),
     ("kind of the wrong type", job(kind=5), "kind", ""),
     ("no steps", {"kind": "steps"}, "steps", "missing"),
