@@ -276,6 +276,7 @@ def remove_tree(parent: int, name: str, most: int | None = None) -> None:
     except FileNotFoundError:
         return
     if top is None:
+        room.take(os.stat(name, dir_fd=parent, follow_symlinks=False).st_size)
         os.unlink(name, dir_fd=parent)
         return
     prefix = f".{secrets.token_hex(8)}-"

@@ -109,6 +109,15 @@ class Yard:
         """Writes the spec of a step; a text is run by ``sh``. ``number``: which of the jobs' uids."""
         step = self.state / "runs" / run / str(index)
         step.mkdir(parents=True, exist_ok=True)
+        (step / "spec").write_text(json.dumps(self.step_spec(command, run=run, index=index, number=number, **spec)))
+        if self.as_uid is not None:
+            for path in (step.parent, step, step / "spec"):
+                os.chown(path, self.as_uid, self.as_uid)
+        return step
+
+    def step_spec(
+        self, command: str | list[str], *, run: str = "r-1", index: int = 0, number: int = 0, **spec: Any
+    ) -> dict[str, Any]:
         argv = ["sh", "-c", command] if isinstance(command, str) else command
         base = {
             "argv": argv,
@@ -123,11 +132,7 @@ class Yard:
             "token": f"{self.token}-{run}-{index}",
             "private_tmp": False,
         }
-        (step / "spec").write_text(json.dumps(base | spec))
-        if self.as_uid is not None:
-            for path in (step.parent, step, step / "spec"):
-                os.chown(path, self.as_uid, self.as_uid)
-        return step
+        return base | spec
 
     def start(self, command: str | list[str], *, run: str = "r-1", number: int = 0, **spec: Any) -> Path:
         if not (self.state / "work" / run).exists():
