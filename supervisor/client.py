@@ -7,6 +7,7 @@ small synchronous one of its own, as it must start fast. Errors that the daemon 
 
 from __future__ import annotations
 
+import builtins
 import socket
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
@@ -24,6 +25,7 @@ from supervisor.framing import (
     FrameTooLarge,
     decode_item,
     encode_call,
+    pack,
 )
 from supervisor.model.errors import BsupError, InvalidInput
 from supervisor.model.job import EventRow, HostRow, State
@@ -66,6 +68,8 @@ from supervisor.protocol import (
     StatusView,
     StopParams,
     StopReply,
+    SubmitManyParams,
+    SubmitManyReply,
     SubmitParams,
     SubmitReply,
     VersionParams,
@@ -109,6 +113,12 @@ class Client:
         """The id of the job. A ``key`` makes it safe to repeat."""
         asked = SubmitParams(spec=dict(spec), key=key, after=list(after))
         return (await self._call("Submit", asked, SubmitReply)).id
+
+    async def submit_many(self, specs: Iterable[Mapping[str, Any]], *, key: str | None = None) -> builtins.list[int]:
+        """The ids of the jobs, in order: all are submitted or none. At most 10,000, and as many as a frame holds. A
+        ``key`` makes it safe to repeat."""
+        jobs = [pack(spec) for spec in specs]
+        return (await self._call("SubmitMany", SubmitManyParams(jobs=jobs, key=key), SubmitManyReply)).ids
 
     def list(
         self,
@@ -319,5 +329,6 @@ class _Connection:
 def _frame(method: str, asked: Parameters, *, more: bool) -> bytes:
     frame = encode_call(method, asked, more=more)
     if len(frame) > MAX_FRAME + 1:
-        raise InvalidInput("spec" if method == "Submit" else "parameters", "is too large", f"at most {MAX_FRAME} bytes")
+        field = {"Submit": "spec", "SubmitMany": "jobs"}.get(method, "parameters")
+        raise InvalidInput(field, "is too large", f"at most {MAX_FRAME} bytes")
     return frame

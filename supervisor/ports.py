@@ -237,7 +237,9 @@ class UserStore(Protocol):
 
     async def submit(self, spec: dict[str, Any], *, key: str | None, after: Sequence[int], submitter: str) -> int: ...
 
-    async def submit_many(self, specs: Sequence[dict[str, Any]], *, key: str | None, submitter: str) -> list[int]:
+    async def submit_many(
+        self, specs: Sequence[dict[str, Any] | msgspec.Raw], *, key: str | None, submitter: str
+    ) -> list[int]:
         """All or none; their ids, in order. An InvalidInput names the job: ``jobs[17].priority``."""
         ...
 

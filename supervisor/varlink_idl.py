@@ -112,7 +112,7 @@ class _Drawing:
                 return "string"
             case shapes.ListType(item_type=item):
                 return f"[]{self._type(item)}"
-            case shapes.DictType(value_type=shapes.AnyType()):
+            case shapes.RawType() | shapes.DictType(value_type=shapes.AnyType()):
                 return "object"
             case shapes.DictType(value_type=value):
                 return f"[string]{self._type(value)}"

@@ -33,7 +33,7 @@ from supervisor.mailbox import ActorGone
 from supervisor.messages import AskActors, AskDrain, AskResume, AskStatus, AskStop, RunningJob, Status
 from supervisor.model import spec as job_spec
 from supervisor.model.errors import Busy, StoreUnavailable
-from supervisor.model.job import Filter
+from supervisor.model.job import Filter, State
 from supervisor.ports import StopResult
 from supervisor.protocol import (
     INTERFACE,
@@ -67,6 +67,8 @@ from supervisor.protocol import (
     StatusView,
     StopParams,
     StopReply,
+    SubmitManyParams,
+    SubmitManyReply,
     SubmitParams,
     SubmitReply,
     VersionParams,
@@ -95,6 +97,7 @@ class Calls:
         following = Following(self._parts)
         return {
             "Submit": self.submit,
+            "SubmitMany": self.submit_many,
             "List": self.list_jobs,
             "Show": self.show,
             "Attempts": self.attempts,
@@ -121,6 +124,11 @@ class Calls:
             self._store.submit(spec, key=asked.key, after=_unique(asked.after), submitter=peer.user)
         )
         yield SubmitReply(id=job)
+
+    async def submit_many(self, asked: SubmitManyParams, peer: Peer) -> Replies:
+        # As they came: thousands are checked where they are stored, not on this loop.
+        ids = await self._parts.write(self._store.submit_many(asked.jobs, key=asked.key, submitter=peer.user))
+        yield SubmitManyReply(ids=ids)
 
     async def list_jobs(self, asked: ListParams, _peer: Peer) -> Replies:
         where = Filter(
@@ -334,7 +342,9 @@ def _stopped(job: int, is_here: bool, results: Mapping[int, StopResult] | None) 
     if results is None:
         return StopReply(id=job, did="stopping" if is_here else "unavailable", recorded=False)
     result = results.get(job) or StopResult(job, "stopping")
-    return StopReply(id=job, did=result.did, is_over=result.is_over)
+    # A job that was told here may have ended by that before the database heard of the stop.
+    was_over = result.is_over and not (is_here and result.did == State.CANCELED)
+    return StopReply(id=job, did=result.did, is_over=was_over)
 
 
 async def _next(pages: AsyncIterator[list[T]]) -> list[T] | None:

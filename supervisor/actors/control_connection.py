@@ -241,6 +241,9 @@ class Connection:
                     await checkpoint()
                 if name == "Submit":
                     log.info("%s submitted job %s", self._peer, getattr(reply, "id", "?"))
+                if name == "SubmitMany":
+                    ids = getattr(reply, "ids", ())
+                    log.info("%s submitted %s jobs from %s on", self._peer, len(ids), min(ids, default="?"))
         if method.more:
             await self._reply(call, Reply(parameters=pack(method.reply())))
 
@@ -311,7 +314,7 @@ class _Wanted(msgspec.Struct):
 
 def _gist(params: Parameters) -> str:
     """What a call is about, for the log: never a spec, which may hold secrets."""
-    fields = {f: getattr(params, f) for f in params.__struct_fields__ if f != "spec"}
+    fields = {f: getattr(params, f) for f in params.__struct_fields__ if f not in ("spec", "jobs")}
     if len(ids := fields.get("ids", ())) > 20:
         fields["ids"] = f"{ids[:20]} and {len(ids) - 20} more"
     return " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)

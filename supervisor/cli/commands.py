@@ -89,14 +89,24 @@ COMMANDS: tuple[Command, ...] = (
             Argument(
                 ("--set",), "set a key of the job: dotted path, value as in YAML", "text", "K=V", nargs="+", repeat=True
             ),
+            Argument(("--kind",), "a job of this kind instead of a file; --set sets its args", "text", "K"),
+            Argument(
+                ("--many",), "submit many jobs: a file with one a line, as JSON; `-` reads standard input", "path", "F"
+            ),
             Argument(("--after",), "wait until these jobs succeeded", "text", "ID", nargs="+", repeat=True),
             Argument(("-f", "--follow"), "show the log as it is written; end with the job's exit code"),
             Argument(("-w", "--wait"), "wait for the job's end; end with its exit code"),
             Argument(("--key",), "a name for this submission: the same key twice gives the same job", "text", "K"),
         ),
         "The id alone is printed on standard output; with --follow the log comes after it. "
-        "Ctrl-C ends the view, not the job.",
-        ("bsup submit build.yaml --follow", "bsup submit build.yaml --set repository.commit=main --set priority=200"),
+        "Ctrl-C ends the view, not the job. With --many the jobs go in chunks, each as a whole or not at all; "
+        "the number of jobs and their ids are printed.",
+        (
+            "bsup submit build.yaml --follow",
+            "bsup submit build.yaml --set repository.commit=main --set priority=200",
+            "bsup submit --kind noop --set args.sleep=5",
+            "bsup submit --many jobs.ndjson --key nightly-2026-03-01",
+        ),
     ),
     Command("ps", "Jobs", "list jobs: by default those that are not over", "jobs", "ps", _FILTERS),
     Command("show", "Jobs", "all of one job: state, steps, attempts, what it waits for", "jobs", "show", (_ID,)),

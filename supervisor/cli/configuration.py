@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from supervisor.cli.exits import CommandError, Exit
-from supervisor.model.errors import InvalidInput
+from supervisor.model.errors import BsupError, InvalidInput
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,6 +107,17 @@ def socket_of(args: Namespace) -> str:
     own = f"{os.environ.get('XDG_RUNTIME_DIR') or f'/tmp/bsup-{os.getuid()}'}/bsup/control.sock"
     # The system's daemon serves users too: a user without a daemon of their own means that one.
     return own if os.path.exists(own) or not os.path.exists(system) else system
+
+
+def max_frame(args: Namespace) -> int:
+    """The largest call that the daemon takes, if its configuration can be read here."""
+    from supervisor.protocol import MAX_FRAME
+
+    try:
+        path = file_of(args)
+        return MAX_FRAME if path is None else read(path).control.max_frame
+    except BsupError:
+        return MAX_FRAME
 
 
 def connect(args: Namespace) -> Connection:

@@ -122,6 +122,11 @@ class LogView:
         self._idle_since = time.monotonic()
         self._attempt = 0
 
+    @property
+    def has_said(self) -> bool:
+        """Whether any piece of the log was printed."""
+        return self._step is not None
+
     def piece(self, piece: LogPiece) -> None:
         if self._terminal.json:
             self._terminal.object(_piece_json(self._job, piece))

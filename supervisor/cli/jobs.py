@@ -126,7 +126,7 @@ def _state_line(terminal: Terminal, job: JobView) -> str:
         return words + (f", step {views.progress(job)}" if job.progress else "")
     if State(job.state).is_final:
         words += f" after {duration(job.duration)}" if job.duration is not None else ""
-        if end := views.end_of(job.exit_code, job.signal):
+        if end := views.said_end_of(job, is_process=job.kind == "steps"):
             words += f", {end}"
         return words
     return words + (f": {why}" if (why := views.why_waiting(job)) else "")
@@ -159,6 +159,8 @@ def _facts(reply: ShowReply) -> list[tuple[str, str]]:
         facts.append(("repository", f"{repository.get('url')} at {repository.get('commit')}"))
     if isinstance(files := spec.get("files"), dict):
         facts.append(("files", ", ".join(files)))
+    if args := spec.get("args"):
+        facts.append(("args", views.compact(args)))
     if isinstance(secrets := spec.get("secrets"), dict | list):
         facts.append(("secrets", ", ".join(f"{name}=•••" for name in secrets)))
     if spec.get("timeout"):
@@ -191,7 +193,7 @@ def _attempt_line(terminal: Terminal, attempt: AttemptView) -> str:
         words.append(f"at {local(attempt.started_at)}")
     if attempt.duration is not None:
         words.append(f"for {duration(attempt.duration)}")
-    if end := views.end_of(attempt.exit_code, attempt.signal):
+    if end := views.said_end_of(attempt, is_process=bool(attempt.steps)):
         words.append(f"({end})")
     line = " ".join(words)
     return line + (f"\n  {safe(attempt.error)}" if attempt.error else "")

@@ -37,8 +37,11 @@ def logs(args: Namespace, terminal: Terminal) -> int:
     finally:
         watch.close()
     view.end_line()
-    if ended is None and terminal.width is not None and not terminal.json:
-        terminal.note("no attempt yet: nothing was logged", "dim")
+    if terminal.width is not None and not terminal.json:
+        if ended is None:
+            terminal.note("no attempt yet: nothing was logged", "dim")
+        elif not view.has_said:
+            terminal.note("nothing was logged" + (" so far" if ended.outcome is None else ""), "dim")
     return Exit.OK
 
 
@@ -46,6 +49,8 @@ def _step(spec: dict[str, Any], job: int, asked: str) -> str:
     """What the daemon calls a step of this number: its name, if it is called so, or its index, which counts from 0
     where people see 1/3, 2/3, 3/3.
     """
+    if spec and "steps" not in spec:
+        raise InvalidInput("step", f"job {job} has none: it is of kind {spec.get('kind')}")
     names = [step.get("name") for step in spec.get("steps", ())]
     if asked in names:
         return asked

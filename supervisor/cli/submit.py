@@ -9,32 +9,36 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from supervisor.cli import jobfile
-from supervisor.cli.configuration import connect, file_of, read
+from supervisor.cli.configuration import connect, max_frame
 from supervisor.cli.exits import CommandError, Exit, mirrored
 from supervisor.cli.parser import UsageError, job_id
 from supervisor.cli.terminal import Terminal
 from supervisor.cli.views import count_steps
 from supervisor.framing import encode_call
 from supervisor.model.errors import BsupError, InvalidInput
-from supervisor.protocol import MAX_FRAME, JobView, LogsParams, ShowParams, ShowReply, SubmitParams, SubmitReply
+from supervisor.protocol import JobView, LogsParams, ShowParams, ShowReply, SubmitParams, SubmitReply
 
 if TYPE_CHECKING:
     from supervisor.cli.follow import Watch
 
 
 def submit(args: Namespace, terminal: Terminal) -> int:
-    file, settings, after = sort_out(args.file, args.set, args.after)
+    if args.many is not None:
+        from supervisor.cli.submit_many import submit_many
+
+        return submit_many(args, terminal)
+    file, settings, after = sort_out(args.file, args.set, args.after, kind=args.kind)
     if any(setting.startswith(("secrets.", "redact.")) for setting in settings):
         terminal.warn(
             "a secret on the command line can be read by every user of this machine: put it into the job file"
         )
-    spec = load(file, settings)
+    spec = load(file, settings, kind=args.kind)
     params = SubmitParams(spec=spec, key=args.key, after=after)
-    limit = _max_frame(args)
+    limit = max_frame(args)
     size = len(encode_call("Submit", params)) - 1
     if size > limit:
         raise CommandError(
-            f"{file}: the job is {size:,} bytes as it is sent; the daemon takes at most {limit:,}",
+            f"{file or 'this job'}: {size:,} bytes as it is sent; the daemon takes at most {limit:,}",
             "put large files into the repository, or where the steps can fetch them",
             Exit.USAGE,
         )
@@ -50,7 +54,9 @@ def submit(args: Namespace, terminal: Terminal) -> int:
     return Exit.OK
 
 
-def sort_out(file: str | None, settings: Sequence[str], after: Sequence[str]) -> tuple[str, list[str], list[int]]:
+def sort_out(
+    file: str | None, settings: Sequence[str], after: Sequence[str], kind: str | None = None
+) -> tuple[str | None, list[str], list[int]]:
     """The file, the ``--set`` pairs and the ids of ``--after``, where a flag that takes several has swallowed the
     file: ``submit --after 1 2 job.yaml`` means what it says. Raises UsageError.
     """
@@ -62,20 +68,25 @@ def sort_out(file: str | None, settings: Sequence[str], after: Sequence[str]) ->
     if strays:
         flag = "--set takes key=value" if strays[0] in settings else "--after takes ids of jobs"
         raise UsageError(f"{flag}, not {strays[0]!r}", "`bsup submit --help` shows how it is used")
-    if file is None:
-        raise UsageError("no job file is named", "name a YAML, TOML or JSON file, or `-` for standard input")
+    if file is None and kind is None:
+        raise UsageError("no job file is named", "name a YAML, TOML or JSON file, `-` for standard input, or a --kind")
+    if file is not None and kind is not None:
+        raise UsageError("a job file and --kind were both given", "the file says the kind; --set kind=… changes it")
     try:
         return file, pairs, [job_id(word) for word in ids if word.isdigit()]
     except Exception as error:
         raise UsageError(f"--after: {error}") from None
 
 
-def load(file: str, settings: Sequence[str]) -> dict[str, Any]:
+def load(file: str | None, settings: Sequence[str], kind: str | None = None) -> dict[str, Any]:
     """The job as it will be sent, checked here already: its errors name the file. Raises InvalidInput."""
     from supervisor.model.spec import normalize
 
-    source, data = jobfile.read(file)
-    spec = jobfile.apply(jobfile.decode(source, data), settings)
+    if file is None:
+        source, spec = "the command line", jobfile.apply({"kind": kind}, settings)
+    else:
+        source, data = jobfile.read(file)
+        spec = jobfile.apply(jobfile.decode(source, data), settings)
     try:
         # A copy: what is sent is what the user wrote, and the daemon has the last word on it.
         normalize(msgspec.json.decode(msgspec.json.encode(spec)))
@@ -84,15 +95,6 @@ def load(file: str, settings: Sequence[str]) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidInput(source, f"can't be sent: {error}") from None
     return spec
-
-
-def _max_frame(args: Namespace) -> int:
-    """What the daemon takes, if its configuration can be read here."""
-    try:
-        path = file_of(args)
-        return MAX_FRAME if path is None else read(path).control.max_frame
-    except BsupError:
-        return MAX_FRAME
 
 
 def _watch(args: Namespace, terminal: Terminal, job: int, steps: int | None) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-from supervisor.cli.text import local, plural
+from supervisor.cli.text import clip, local, plural
 from supervisor.model.job import State
-from supervisor.protocol import JobView, ShowReply
+from supervisor.protocol import AttemptView, JobView, ShowReply
 
 REASONS = {
     "upstream": "a job that it waited for did not succeed",
@@ -67,6 +67,11 @@ def end_of(exit_code: int | None, by_signal: int | None) -> str:
     return "" if exit_code is None else f"exit code {exit_code}"
 
 
+def said_end_of(of: JobView | AttemptView, *, is_process: bool) -> str:
+    """As ``end_of``; the success of what is no process has no exit code to speak of."""
+    return end_of(of.exit_code, of.signal) if is_process or of.exit_code else ""
+
+
 def exit_word(exit_code: int | None, by_signal: int | None) -> str:
     """The same for a column."""
     if by_signal:
@@ -96,3 +101,10 @@ def count_steps(spec: dict[str, Any]) -> int | None:
     if not isinstance(steps, list):
         return None
     return len(steps) + (1 if spec.get("repository") or spec.get("files") else 0)
+
+
+def compact(value: object, most: int = 200) -> str:
+    """JSON on one line, cut where it is long."""
+    import msgspec
+
+    return clip(msgspec.json.encode(value).decode(), most)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from supervisor.model.errors import UnknownJob
+from supervisor.model.errors import InvalidInput, UnknownJob
 from supervisor.model.job import FINAL_STATES, AttemptRow, EventRow, Filter, HostRow, JobLine, JobRow, State, StepRecord
 from supervisor.ports import StopResult
 from supervisor.store.connection import Link
@@ -28,9 +28,14 @@ class Users:
         text = msgspec.json.encode(spec).decode()
         return int(await self._users.value("submit", text, key, list(after), submitter))
 
-    async def submit_many(self, specs: Sequence[dict[str, Any]], *, key: str | None, submitter: str) -> list[int]:
+    async def submit_many(
+        self, specs: Sequence[dict[str, Any] | msgspec.Raw], *, key: str | None, submitter: str
+    ) -> list[int]:
         """Their ids, in order; at most 100,000. Raises InvalidInput, which names the job (``jobs[17].priority``)."""
-        text = msgspec.json.encode(specs).decode()
+        try:
+            text = msgspec.json.encode(specs).decode()
+        except UnicodeDecodeError as error:
+            raise InvalidInput("jobs", f"is not UTF-8 text: {error.reason}") from None
         return list(await self._users.value("submit_many", text, key, submitter))
 
     def list_jobs(self, where: Filter) -> AsyncIterator[list[JobRow]]:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 CONTRACT = {
     "daemon": "--config --dsn --state --socket --on-term",
-    "submit": "--set --after --follow --wait --key",
+    "submit": "--set --kind --many --after --follow --wait --key",
     "ps": "--state --kind --label --all --limit",
     "show": "",
     "attempts": "",

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from supervisor.cli.table import Cell, Column, render
 from supervisor.cli.text import age, clip, duration, fold, safe, width_of
-from supervisor.model.job import State
-from supervisor.protocol import JobReply, LogsReply, LogStream, StopReply, SubmitReply
+from supervisor.model.job import Outcome, State
+from supervisor.protocol import JobReply, LogsReply, LogStream, ShowReply, StopReply, SubmitReply
 
 COLOUR = re.compile(r"\x1b\[\d+m")
 
@@ -220,3 +220,19 @@ def test_folding_loses_nothing(text: str, width: int) -> None:
     lines = fold(text, width)
     assert " ".join(lines) == text
     assert all(width_of(line) <= width or " " not in line.strip(" ") for line in lines)
+
+
+def test_a_job_that_is_no_process_reads_well(daemon: FakeDaemon) -> None:
+    """No steps, no exit code of a success, no log: nothing puzzling is printed."""
+    view = job(7, kind="noop", name="nap")
+    one = attempt(1, Outcome.SUCCEEDED, steps=[], exit_code=0, error=None)
+    reply = ShowReply(job=view, spec={"kind": "noop", "args": {"sleep": 1.5}}, parents=[], children=[], attempts=[one])
+    daemon.answers["Show"] = lambda params: [reply]
+    daemon.answers["Logs"] = lambda params: [LogsReply(end=end(0))]
+    where = ("--socket", str(daemon.path))
+    code, text = on_terminal("show", "7", *where, environ={"NO_COLOR": "1"})
+    assert code == 0 and "exit code" not in text and "STEP" not in text
+    assert 'args        {"sleep":1.5}' in text
+    assert on_terminal("logs", "7", *where, environ={"NO_COLOR": "1"}) == (0, "nothing was logged\n")
+    code, text = on_terminal("logs", "7", "--step", "1", *where, environ={"NO_COLOR": "1"})
+    assert code == 2 and "job 7 has none: it is of kind noop" in text

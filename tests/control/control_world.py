@@ -158,6 +158,13 @@ class FakeStore:
         self.add(job_row(job, submitter=submitter))
         return job
 
+    async def submit_many(self, specs: Sequence[Any], *, key: str | None, submitter: str) -> list[int]:
+        self._reach()
+        first = max(self.jobs, default=0) + 1
+        self.calls.append(("submit_many", [msgspec.json.decode(spec) for spec in specs], key, submitter))
+        self.add(*(job_row(first + at, submitter=submitter) for at in range(len(specs))))
+        return list(range(first, first + len(specs)))
+
     async def list_jobs(self, where: Filter) -> AsyncGenerator[list[JobRow], None]:
         self._reach()
         if self.rows is not None:
@@ -198,7 +205,8 @@ class FakeStore:
         self._reach()
         self.calls.append(("stop", list(jobs), grace, kill, by))
         did = {State.RUNNING: "stopping", State.READY: "canceled", State.WAITING: "canceled"}
-        return [StopResult(job, did.get(self.jobs[job].state, self.jobs[job].state.value)) for job in jobs]
+        states = [(job, self.jobs[job].state) for job in jobs]
+        return [StopResult(job, did.get(state, state.value), state.is_final) for job, state in states]
 
     async def retry(self, jobs: Sequence[int], *, by: str) -> list[JobRow]:
         await self._ended(jobs)
@@ -321,6 +329,7 @@ class FakeActor:
         self.problems: list[str] = []
         self.silent = False
         self.draining = False
+        self.on_stop: Callable[[], object] = lambda: None
 
     async def run(self) -> None:
         async for item in self.mailbox:
@@ -333,6 +342,7 @@ class FakeActor:
                 return self.running
             case AskStop(jobs=jobs):
                 self.asked.append(request)
+                self.on_stop()
                 return [job.job for job in self.running if job.job in jobs]
             case AskDrain() | AskResume():
                 self.draining = isinstance(request, AskDrain)

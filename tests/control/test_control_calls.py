@@ -56,6 +56,24 @@ async def test_a_bad_spec_names_its_field_and_changes_nothing(world: World, spec
     assert world.store.calls == []
 
 
+async def test_many_are_submitted_as_they_came_and_their_secrets_are_not_logged(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    specs = [{"kind": "noop", "args": {"n": n}, "secrets": {"TOKEN": "hush"}} for n in range(3)]
+    world.store.add(job_row(4))
+    async with world.serve(), Client(world.path) as client:
+        assert await client.submit_many(specs, key="k") == [5, 6, 7]
+        with pytest.raises(InvalidInput, match="jobs"):
+            await client.submit_many([])
+        with pytest.raises(InvalidInput, match="jobs"):
+            await client.submit_many({"kind": "noop"} for _ in range(10_001))
+        with pytest.raises(InvalidInput, match="jobs: is too large"):
+            await client.submit_many([{"name": "x" * 2_000_000}])
+    assert world.store.calls == [("submit_many", specs, "k", "alice")]
+    assert "submitted 3 jobs from 5 on" in caplog.text and "hush" not in caplog.text
+
+
 async def test_list_adds_what_only_this_host_knows(world: World) -> None:
     world.store.add(
         job_row(1),
@@ -162,6 +180,21 @@ async def test_stop_asks_here_and_records_everywhere(world: World) -> None:
     assert did == [(3, "succeeded", True), (2, "stopping", True), (1, "canceled", True)]
     assert world.dispatcher.asked == [AskStop((3, 2, 1), 4.0, True, "alice")]
     assert world.store.calls == [("stop", [3, 2, 1], 4.0, True, "alice")]
+
+
+async def test_a_job_that_a_stop_ends_at_once_was_not_over_before(world: World) -> None:
+    """An in-process job may be recorded as canceled before the database hears of the stop."""
+    world.store.add(
+        job_row(2, State.RUNNING, attempt=1), job_row(3, State.RUNNING, attempt=1), job_row(4, State.CANCELED)
+    )
+    world.dispatcher.running = [running_job(2), running_job(3)]
+    world.dispatcher.on_stop = lambda: (
+        world.store.change(2, state=State.CANCELED),
+        world.store.change(3, state=State.SUCCEEDED),
+    )
+    async with world.serve(), Client(world.path) as client:
+        did = [(one.id, one.did, one.is_over) async for one in client.stop([2, 3, 4])]
+    assert did == [(2, "canceled", False), (3, "succeeded", True), (4, "canceled", True)]
 
 
 async def test_stop_does_nothing_if_one_id_is_unknown(world: World) -> None:
