@@ -59,12 +59,12 @@ class Scale:
         self.notes: dict[str, str] = {}
 
     async def against_backlog(self) -> None:
-        """10,000 of so many. The rest stays, and the next round takes from it."""
+        """10,000 of so many. The rest stays, and is filled up for the next round."""
         samples: dict[str, dict[str, list[float]]] = {}
         for contestant, rounds in ((BSUP, ROUNDS), (PGQUEUER, PICTURE_ROUNDS), (GRAPHILE, PICTURE_ROUNDS)):
             try:
                 databases = {size: await self._with_backlog(contestant, size) for size in BACKLOGS}
-                contest = {str(size): self._taking(contestant, databases[size]) for size in BACKLOGS}
+                contest = {str(size): self._taking(contestant, databases[size], size) for size in BACKLOGS}
                 samples[contestant.key] = await interleave(contest, rounds)
             except Missing as why:
                 if contestant is BSUP:
@@ -191,12 +191,17 @@ class Scale:
 
     # --- samples ---
 
-    def _taking(self, contestant: Contestant, database: str) -> Callable[[], Awaitable[float]]:
+    def _taking(self, contestant: Contestant, database: str, size: int) -> Callable[[], Awaitable[float]]:
         """A rate: from the first job's start until 10,000 began, of those that the database shows gone by then."""
 
         async def take() -> float:
-            connection = await self.arena.settled(database)
+            connection = await self.arena.server.admin(database)
             try:
+                if missing := size - await connection.fetchval(contestant.unfinished):
+                    async with self.arena.client(contestant, database) as client:
+                        await client.bulk(0, missing)
+                await connection.execute("ANALYZE")
+                await connection.execute("CHECKPOINT")
                 before = await connection.fetchval(contestant.unfinished)
                 async with self.arena.workers(contestant, database) as working:
                     await working.until(TAKEN)
