@@ -90,9 +90,9 @@ class PreparedStore(PgStore):
         await self._prepare()
         return await super().resume_session(session, incarnation, host, term, next_incarnation)
 
-    async def pulse(self, term: float) -> None:
+    async def pulse(self, term: float) -> bool:
         await self._prepare()
-        await super().pulse(term)
+        return await super().pulse(term)
 
     async def sweep(self, retention: float, limit: int = 500) -> int:
         await self._prepare()

@@ -176,7 +176,9 @@ class SessionStore(Protocol):
         """Ends a session that holds no lease; leases left are released uncounted."""
         ...
 
-    async def pulse(self, term: float) -> None: ...
+    async def pulse(self, term: float) -> bool:
+        """The database's sign of life → whether ``reap`` has anything to do."""
+        ...
 
     async def reap(self, limit: int = 500) -> Reaped:
         """Takes expired sessions (re-checked under their lock), re-queues or fails their jobs; readies due waiting

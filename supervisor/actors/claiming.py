@@ -3,7 +3,8 @@
 - Claims run one at a time, and never while the host reconciles.
 - Before it sleeps, a host says it is idle (so that a commit wakes it) and claims once more: a job that was made ready
   between the empty claim and that word would be seen by nobody else. A jittered poll makes sure when no wake-up comes
-  at all.
+  at all. A transaction that was under way at that word wakes nobody either: a host that hears wake-ups polls for
+  those at first, and ever more seldom, as they have been open that long.
 - Counters are used up by every claim that was sent, whatever came back, so no lease id is ever made twice. A claim
   whose outcome is unknown makes the host reconcile before the next one: a lease it got is found there.
 
@@ -13,7 +14,6 @@ Part of the dispatcher, which alone calls it. May import the seams and model.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -36,7 +36,12 @@ GATHER = 0.005
 GATHER_LOOKS = 5
 
 OVERDUE = 2
-"""Polls after which new needs are looked for in any case. An idle host does so at each of them."""
+"""Polls without a rest after which new needs are looked for in any case. An idle host does so at each poll."""
+
+CALM = 5.0
+"""Polls between two looks of a host that is idle for long and hears wake-ups."""
+HASTE = 0.25
+"""The share of the time since it is idle after which such a host looks again."""
 
 TURN = 64
 """Jobs that are begun before the rest of the loop has its turn."""
@@ -44,7 +49,8 @@ TURN = 64
 
 class Claimer:
     """``free``: the room now; ``take``: a new lease; ``reconcile``: raises what the store raises; ``on_refused``: a
-    session is gone; ``on_paused``: no claim is under way, and none will be while it is paused."""
+    session is gone; ``on_paused``: no claim is under way, and none will be while it is paused; ``hears``: wake-ups
+    come."""
 
     def __init__(
         self,
@@ -60,6 +66,7 @@ class Claimer:
         on_refused: Callable[[Me], None],
         on_paused: Callable[[], None],
         rng: Random,
+        hears: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
         self._on_paused = on_paused
@@ -79,6 +86,10 @@ class Claimer:
         self._needs_stale = True
         self._needs_read = -math.inf
         self._idle = False
+        self._hears = hears
+        self._idle_since = 0.0
+        self._rested = -math.inf
+        """When it last waited with nothing to do."""
         self._must_reconcile = False
         self._has_more = False
         """The last claim was filled: there is more than this host had room for."""
@@ -145,11 +156,22 @@ class Claimer:
                 await asyncio.sleep(patience(tries, self._rng, cap=30.0))
                 continue
             if not again:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(jittered(self._poll, self._rng)):
-                        await self._changed.wait()
-                        continue
-                self._needs_stale = True
+                await self._rest()
+
+    async def _rest(self) -> None:
+        try:
+            async with asyncio.timeout(jittered(self._pause(), self._rng)):
+                await self._changed.wait()
+        except TimeoutError:
+            self._needs_stale = True
+        if self._idle:
+            self._rested = asyncio.get_running_loop().time()
+
+    def _pause(self) -> float:
+        if not (self._idle and self._hears()):
+            return self._poll
+        idle_for = asyncio.get_running_loop().time() - self._idle_since
+        return min(CALM * self._poll, max(self._poll, HASTE * idle_for))
 
     async def _round(self, me: Me) -> bool:
         """One turn; True: take another at once."""
@@ -239,7 +261,8 @@ class Claimer:
 
     @property
     def _are_needs_overdue(self) -> bool:
-        return asyncio.get_running_loop().time() - self._needs_read > OVERDUE * self._poll
+        since = max(self._needs_read, self._rested)
+        return asyncio.get_running_loop().time() - since > OVERDUE * self._poll
 
     def _room(self, free: Free) -> Room:
         return Room(
@@ -270,6 +293,7 @@ class Claimer:
         if self._idle is not idle:
             await self._store.set_idle(me, idle)
             self._idle = idle
+            self._idle_since = asyncio.get_running_loop().time()
 
     async def _refresh_needs(self) -> bool:
         """Whether there is one more that this host serves."""

@@ -140,6 +140,7 @@ class Dispatcher:
             reconcile=self._reconciler.reconcile,
             on_refused=self._on_refused,
             on_paused=self._check_empty,
+            hears=lambda: store.health().listening,
             rng=rng,
         )
         self._claimer.paused = paused

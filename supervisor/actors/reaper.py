@@ -93,10 +93,11 @@ class Reaper:
                 await asyncio.sleep(jittered(every, self._rng))
 
     async def _pass(self) -> None:
-        await self._store.pulse(self._term)
-        while True:
+        """The pulse, and only where that finds something to do the rest: an idle database is asked once."""
+        is_due = await self._store.pulse(self._term)
+        self._facts["passes"] += 1
+        while is_due:
             reaped = await self._store.reap(BATCH)
-            self._facts["passes"] += 1
             self._facts["requeued"] += reaped.requeued
             self._facts["failed"] += reaped.failed
             self._facts["sessions"] += len(reaped.sessions)

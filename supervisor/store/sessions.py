@@ -69,8 +69,9 @@ class Sessions:
         if left:
             raise StoreUnavailable(f"close_session: {left} leases are locked by others")
 
-    async def pulse(self, term: float) -> None:
-        await self._upkeep.rows("pulse", term)
+    async def pulse(self, term: float) -> bool:
+        (row,) = await self._upkeep.rows("pulse", term)
+        return bool(row["is_due"])
 
     async def reap(self, limit: int = 500) -> Reaped:
         (row,) = await self._upkeep.rows("reap", limit)

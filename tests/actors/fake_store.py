@@ -12,7 +12,7 @@ import msgspec
 from supervisor.model.errors import SessionRefused, StoreUnavailable
 from supervisor.model.job import AttemptEnd, HostInfo, Lease, LeaseId, Me, Outcome, State, StepRecord
 from supervisor.model.lifecycle import JobEvent, Life, apply, event_of_end
-from supervisor.ports import Need, Reaped, Renewal, Room, SessionGrant, StopOrder, Verdict
+from supervisor.ports import Need, Reaped, Renewal, Room, SessionGrant, StopOrder, StoreHealth, Verdict
 from tests.actors.fakes import now, wall
 
 T = TypeVar("T")
@@ -61,6 +61,7 @@ class FakeStore:
         self.idle_calls: list[bool] = []
         self._wakes: list[Callable[[str], None]] = []
         self.kinds = ["steps"]
+        self.hears = True
 
     # --- for tests --------------------------------------------------------------------------------------------
 
@@ -98,6 +99,9 @@ class FakeStore:
         return lambda: self._wakes.remove(tell)
 
     # --- the port ---------------------------------------------------------------------------------------------
+
+    def health(self) -> StoreHealth:
+        return StoreHealth(not self.down, wall(), None, "fake", self.hears and not self.down, len(self.calls), None)
 
     async def _call(self, name: str, work: Callable[[], T]) -> T:
         self.calls.append(name)
@@ -178,8 +182,12 @@ class FakeStore:
 
         await self._call("close_session", work)
 
-    async def pulse(self, term: float) -> None:
-        await self._call("pulse", lambda: None)
+    async def pulse(self, term: float) -> bool:
+        def work() -> bool:
+            has_expired = any(session.expires < now() for session in self.sessions.values())
+            return has_expired or any(j.life.state is State.WAITING and j.run_at <= now() for j in self.jobs.values())
+
+        return await self._call("pulse", work)
 
     async def reap(self, limit: int = 500) -> Reaped:
         def work() -> Reaped:

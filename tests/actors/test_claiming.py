@@ -12,7 +12,7 @@ from random import Random
 import msgspec
 import pytest
 
-from supervisor.actors.claiming import GATHER, GATHERED_ABOVE, MOST_AT_ONCE, TURN, Claimer
+from supervisor.actors.claiming import CALM, GATHER, GATHERED_ABOVE, MOST_AT_ONCE, TURN, Claimer
 from supervisor.model.job import HostInfo, Lease, LeaseId, Me
 from supervisor.model.policies import Free
 from supervisor.ports import Need, Room
@@ -46,6 +46,7 @@ class Host:
             reconcile=self._reconcile,
             on_refused=lambda me: None,
             on_paused=lambda: None,
+            hears=lambda: store.health().listening,
             rng=Random(0),
         )
         store.on_wake(lambda payload: self.claimer.wake(ready=True))
@@ -127,6 +128,33 @@ async def test_a_poll_makes_sure_where_no_wake_up_comes(store: FakeStore) -> Non
             session.idle = False
         store.add(1, kind="task")
         assert await until(lambda: len(host.taken) == 2) <= POLL * 1.2
+
+
+@pytest.mark.parametrize("hears", [True, False])
+async def test_a_host_that_hears_wake_ups_looks_ever_more_seldom(store: FakeStore, hears: bool) -> None:
+    store.add(1)
+    store.hears = hears
+    async with claiming(store, 4) as host:
+        await asyncio.sleep(50 * POLL)
+        looks = [at for at, _ in host.claims]
+        assert len(looks) < 20 if hears else len(looks) > 40
+        last = looks[-1] - looks[-2]
+        assert last > 3 * POLL if hears else last < 1.5 * POLL
+        # Nobody is told of a job whose transaction was open all the while; it is found nonetheless.
+        for session in store.sessions.values():
+            session.idle = False
+        store.add(1)
+        assert await until(lambda: len(host.taken) == 2) < (CALM if hears else 1) * POLL * 1.2
+
+
+async def test_a_wake_up_after_a_long_rest_is_followed_by_a_claim_too(store: FakeStore) -> None:
+    store.add(1)
+    async with claiming(store, 4) as host:
+        await asyncio.sleep(100 * POLL)
+        store.calls.clear()
+        store.add(1)
+        await until(lambda: len(host.taken) == 2)
+        assert store.calls[0] == "claim"
 
 
 async def test_room_is_gathered_for_a_moment_where_more_is_ready_than_fits(store: FakeStore) -> None:

@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 
 from supervisor.model.errors import SessionRefused
-from supervisor.model.job import State
+from supervisor.model.job import Outcome, State
 from supervisor.store.pg import PgStore
 from tests.store.store_bench import TERM, Daemon, add, advance, host, pass_time, told
 
@@ -22,6 +22,26 @@ async def settle(store: PgStore, sql: asyncpg.Connection) -> None:
 
 
 class TestReaping:
+    async def test_the_pulse_says_whether_there_is_anything_to_reap(
+        self, store: PgStore, sql: asyncpg.Connection
+    ) -> None:
+        await settle(store, sql)
+        daemon = await Daemon.begin(store)
+        (parent,) = await add(store, attempts=2)
+        await add(store, after=[parent])
+        assert await store.pulse(TERM) is False
+        await daemon.finish(await daemon.claim_one(), Outcome.FAILED, retry_delay=30.0)
+        assert await store.pulse(TERM) is False
+        await pass_time(store, sql, 31)
+        assert await store.pulse(TERM) is True
+        assert (await store.reap()).promoted == 1
+        assert await store.pulse(TERM) is False
+        await daemon.claim_one()
+        await pass_time(store, sql, TERM)
+        assert await store.pulse(TERM) is True
+        assert (await store.reap()).requeued == 1
+        assert await store.pulse(TERM) is False
+
     async def test_a_dead_hosts_job_goes_to_another(self, store: PgStore, sql: asyncpg.Connection) -> None:
         await settle(store, sql)
         (job,) = await add(store)

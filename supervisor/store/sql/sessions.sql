@@ -75,8 +75,10 @@ ORDER BY l.counter;
 SELECT bsup.close_session($1, $2);
 
 -- name: pulse
--- The database's sign of life; see bsup.beat.
-SELECT bsup.beat($1);
+-- The database's sign of life (see bsup.beat), and whether there is anything for bsup.reap to do.
+SELECT bsup.beat($1),
+       EXISTS (SELECT FROM bsup.session s WHERE s.expires_at < (SELECT bsup.clock()))
+       OR EXISTS (SELECT FROM bsup.waiting w WHERE w.run_at <= (SELECT bsup.clock()) AND w.parents_left = 0) AS is_due;
 
 -- name: reap
 -- One pass of the reaper; see bsup.reap.
