@@ -117,11 +117,13 @@ def shown(value: float, unit: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that count, no more."""
+    """Three digits that count, no more; of small values two."""
     size = abs(value)
     if size >= 100:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if size >= 10 else f"{value:.2f}"
+    if size >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if size >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def state_directory() -> Path:

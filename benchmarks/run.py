@@ -32,7 +32,6 @@ MODULES = {
     "mailbox": "Mailboxes",
     "shepherd": "Shepherd",
     "process": "Processes",
-    "redaction": "Redaction",
     "log": "Logs",
     "control": "Daemon and command line",
 }
