@@ -24,13 +24,12 @@ if not __package__:
     # Run as a directory, which puts that directory itself first: its modules are to be found as a package's.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from supervisor.shepherd import linux
+from supervisor.shepherd import linux, mounts
 from supervisor.shepherd.files import StateDirectory, log_is_full, log_to, say
 from supervisor.shepherd.guardian import guard
 from supervisor.shepherd.host import Host
 from supervisor.shepherd.loop import Loop, now
 from supervisor.shepherd.server import SOCKET, Server
-from supervisor.shepherd.spawn import private_tmp_problem
 from supervisor.shepherd.spec import Policy, is_uid_range, service_ids
 from supervisor.shepherd.sweep import sweep
 from supervisor.shepherd.uids import UidRanges
@@ -128,7 +127,7 @@ def _serve(state: StateDirectory, policy: Policy, linger: float, waiter: _Waiter
         policy = replace(policy, uid_shift=uids.take(policy.uid_base, policy.uid_count, policy.service[0]))
     sweep(state, policy, by_uid=uids.are_locked and before == policy.uid_shift)
     loop = Loop()
-    host = Host(loop, state, policy, uids, file_limit=file_limit, tmp_problem=private_tmp_problem())
+    host = Host(loop, state, policy, uids, file_limit=file_limit, tmp_problem=mounts.problem())
     server = Server(
         loop,
         host,

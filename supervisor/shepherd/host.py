@@ -14,8 +14,8 @@ from typing import Any
 from supervisor.shepherd import kill
 from supervisor.shepherd.fence import Fence, boot_id
 from supervisor.shepherd.files import Refusal, StateDirectory, exists, say
+from supervisor.shepherd.launcher import Launcher
 from supervisor.shepherd.loop import Loop, now
-from supervisor.shepherd.spawn import Spawner
 from supervisor.shepherd.spec import Policy, is_uid_range, read_spec
 from supervisor.shepherd.step import Place, Step
 from supervisor.shepherd.trees import Trees
@@ -44,7 +44,7 @@ class Host:
         self.state = state
         self.policy = policy
         self._uids = uids
-        self.spawner = Spawner(state.fd, file_limit)
+        self.launcher = Launcher(loop, state, file_limit, self._on_exit)
         self.boot_id = boot_id()
         self.trees = Trees(state, policy, self._user_of)
         self.fence = Fence(state)
@@ -63,21 +63,31 @@ class Host:
 
     # --- requests ---
 
-    def start(self, path: object) -> dict[str, Any]:
-        """Starts the step at most once: its claim is made exclusively. Raises Refusal when it wasn't, and never ran."""
+    def start(self, path: object, answer: Callable[[dict[str, Any]], None]) -> None:
+        """Starts the step at most once: its claim is made exclusively. Raises Refusal, or answers with one, when it
+        wasn't, and never ran."""
         run, index = self.state.names(path, "runs", 2)
         directory = self.state.open("runs", run, index)
         step: Step | None = None
         try:
             if exists(directory, "claim"):
-                return {"again": True}
-            step = self._start(Place(str(path), run, index, directory))
+                answer({"ok": True, "again": True})
+            else:
+                step = self._start(Place(str(path), run, index, directory), answer)
         finally:
             if step is None:
                 os.close(directory)
-        return {"pid": step.pid, "at": step.started_at}
 
-    def _start(self, place: Place) -> Step:
+    def _start(self, place: Place, answer: Callable[[dict[str, Any]], None]) -> Step:
+        def begun(problem: str | None) -> None:
+            if problem is None:
+                answer({"ok": True, "pid": step.pid, "at": None if step.abandoned else step.started_at})
+                return
+            del self._live[place.run, place.index]
+            os.unlink("claim", dir_fd=place.directory)
+            os.close(place.directory)
+            answer({"ok": False, "code": "failed", "error": problem})
+
         if self.ending:
             raise Refusal("failed", "the shepherd is ending")
         self.fence.check_start()
@@ -87,13 +97,11 @@ class Host:
         except OSError as error:
             raise Refusal("failed", f"claim: {error.strerror}") from error
         try:
-            step.start()
+            step.start(begun)
         except Refusal:
             os.unlink("claim", dir_fd=place.directory)
             raise
         self._live[place.run, place.index] = step
-        if step.pid is not None:
-            self._mains[step.pid] = step
         self._watch_fence()
         return step
 
@@ -103,10 +111,8 @@ class Host:
             spec = replace(spec, private_tmp=False)
         if spec.own_uid and spec.ids is not None:
             for other in (*self._live.values(), *self._haunted):
-                # Of the same run too: to start a process is to have its uid for a moment, and one that lives could
-                # signal whoever has it. What is being closed was sent SIGKILL already.
-                if other.own_uid == spec.ids[0] and (other.place.run != place.run or other.pid is not None):
-                    raise Refusal("busy", f"uid {spec.ids[0]} is used by {other.place.run}/{other.place.index}")
+                if other.own_uid == spec.ids[0] and other.place.run != place.run:
+                    raise Refusal("busy", f"uid {spec.ids[0]} is used by run {other.place.run}")
         os.close(self.state.open("work", *spec.workspace))
         return Step(self, place, spec)
 
@@ -174,9 +180,8 @@ class Host:
     # --- what the steps ask (Ground) ---
 
     def orphans_of(self, step: Step) -> set[int]:
-        orphans = {
-            pid for pid in kill.children(os.getpid()) if pid not in self._mains and pid not in self.trees.workers
-        }
+        own = {self.launcher.pid, *self.trees.workers}
+        orphans = {pid for pid in kill.children(os.getpid()) if pid not in self._mains and pid not in own}
         orphans = {pid for pid in orphans if not kill.is_dead(pid)}
         if not orphans:
             return orphans
@@ -193,6 +198,10 @@ class Host:
 
     def tell(self, event: str, step: Step) -> None:
         self.on_event(event, step.place.path)
+
+    def begun(self, step: Step) -> None:
+        assert step.pid is not None
+        self._mains[step.pid] = step
 
     def closed(self, step: Step, remains: bool) -> None:
         del self._live[step.place.run, step.place.index]
@@ -213,7 +222,8 @@ class Host:
     # --- children ---
 
     def reap(self) -> None:
-        """Dead children: main processes leave their exit on disk first; orphans of jobs just go.
+        """Dead children: orphans of jobs just go. A main process is the launcher's child, and so one of these only
+        when that died: its exit is on disk first all the same.
 
         A job that forks as fast as they are reaped must not keep this from killing it: the rest comes in the next turn.
         """
@@ -226,11 +236,13 @@ class Host:
                 break
             step = self._mains.get(info.si_pid)
             if step is not None:
-                step.exited(info)
+                step.exited(info.si_code, info.si_status)
             os.waitpid(info.si_pid, 0)
             if step is not None:
                 del self._mains[info.si_pid]
                 step.reaped()
+            elif info.si_pid == self.launcher.pid:
+                self.launcher.ended()
             else:
                 self.trees.worker_ended(info.si_pid)
         else:
@@ -238,6 +250,15 @@ class Host:
         for step in list(self._live.values()):
             if step.state == "closing":
                 step.close()
+
+    def _on_exit(self, pid: int, code: int, status: int) -> None:
+        """The launcher says that a main process is dead, and keeps it until it is told to reap it."""
+        step = self._mains.pop(pid, None)
+        if step is not None:
+            step.exited(code, status)
+        self.launcher.reap(pid)
+        if step is not None:
+            step.reaped()
 
     # --- the fence ---
 
@@ -249,7 +270,7 @@ class Host:
     def _on_fence(self) -> None:
         self._fence_timer = False
         if self.fence.has_passed:
-            running = [step for step in self._live.values() if step.pid is not None and step.cause != "fence"]
+            running = [step for step in self._live.values() if step.state != "closing" and step.cause != "fence"]
             if running:
                 say(f"the fence has passed: killing {len(running)} steps")
             for step in running:

@@ -80,8 +80,8 @@ class Output:
         self._devnull: int | None = None
 
     @classmethod
-    def make(cls, state: StateDirectory, directory: int, limit: int, reader: int | None) -> tuple[Output, int, int]:
-        """Makes the FIFOs, and returns the ends the step gets as its stdout and stderr.
+    def make(cls, state: StateDirectory, directory: int, limit: int, reader: int | None) -> Output:
+        """Makes the FIFOs, of which the launcher opens the ends that the step gets as its stdout and stderr.
 
         ``reader``: the step's uid. ``> /dev/stdout`` opens the FIFO anew, with the job's rights.
         """
@@ -89,14 +89,13 @@ class Output:
         try:
             for fifo in FIFOS:
                 _make_fifo(directory, fifo)
-                flags = os.O_CLOEXEC | os.O_NOFOLLOW
                 # The reading end first: it needs no writer, and it is open before there can be one.
-                opened.append(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | flags, dir_fd=directory))
-                opened.append(os.open(fifo, os.O_RDWR | flags, dir_fd=directory))
+                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+                opened.append(os.open(fifo, flags, dir_fd=directory))
                 # One of a run before may have another owner, and what mode that liked.
                 os.fchmod(opened[-1], 0o600)
                 os.fchown(opened[-1], os.geteuid() if reader is None else reader, -1)
-            return cls(state, directory, Channel(1, opened[0]), Channel(2, opened[2]), limit), opened[1], opened[3]
+            return cls(state, directory, Channel(1, opened[0]), Channel(2, opened[1]), limit)
         except OSError:
             for fd in opened:
                 os.close(fd)

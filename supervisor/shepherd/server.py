@@ -118,7 +118,7 @@ class Server:
             if not isinstance(request, dict):
                 raise Refusal("spec", "a request is an object")
             answer_id = request.get("id")
-            answer = self._do(request, lambda problem: reply(_finished(answer_id, problem)))
+            answer = self._do(request, lambda later: reply({"id": answer_id, **later}))
         except Refusal as refusal:
             answer = {"ok": False, "code": refusal.code, "error": str(refusal)}
         except (ValueError, RecursionError) as error:
@@ -132,11 +132,16 @@ class Server:
         if answer is not None:
             reply({"id": answer_id, **answer})
 
-    def _do(self, request: dict[str, Any], later: Callable[[str | None], None]) -> dict[str, Any] | None:
-        """The answer, or None if it comes later."""
+    def _do(self, request: dict[str, Any], later: Reply) -> dict[str, Any] | None:
+        """The answer, or None if it comes later (or did already)."""
+
+        def finished(problem: str | None) -> None:
+            later({"ok": True} if problem is None else {"ok": False, "code": "failed", "error": problem})
+
         match request.get("do"):
             case "start":
-                return {"ok": True, **self._host.start(request.get("dir"))}
+                self._host.start(request.get("dir"), later)
+                return None
             case "stop":
                 grace = seconds(request.get("grace"), "grace") or 0.0
                 return {"ok": True, "live": self._host.stop(request.get("dir"), grace, request.get("kill") is True)}
@@ -148,13 +153,13 @@ class Server:
                 self._host.trees.make_workspace(request.get("path"), request.get("uid"))
                 return {"ok": True}
             case "remove":
-                self._host.trees.remove(request.get("path"), later)
+                self._host.trees.remove(request.get("path"), finished)
                 return None
             case "own":
-                self._host.trees.own(request.get("path"), request.get("uid"), later)
+                self._host.trees.own(request.get("path"), request.get("uid"), finished)
                 return None
             case "give_back":
-                self._host.trees.give_back(request.get("path"), later)
+                self._host.trees.give_back(request.get("path"), finished)
                 return None
             case "uids":
                 self._host.set_uids(request.get("uid_base"), request.get("uid_count"))
@@ -282,9 +287,3 @@ class _Connection:
 
 def _encode(value: dict[str, Any]) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
-
-
-def _finished(answer_id: object, problem: str | None) -> dict[str, Any]:
-    if problem is None:
-        return {"id": answer_id, "ok": True}
-    return {"id": answer_id, "ok": False, "code": "failed", "error": problem}

@@ -1,14 +1,14 @@
-"""From a step's spec to its process, without a copy of the shepherd. Standard library only; called by ``step``.
+"""From a step's order to its process, without a copy of a Python process. Standard library only; the ``launcher`` does
+it.
 
 A fork copies the page tables of a Python process, and its child faults in what it touches: 5 ms a step. So nothing is
-forked: the shepherd itself takes on what a process hands down (mounts, groups, ids, directory, umask), calls
+forked: the launcher itself takes on what a process hands down (mounts, groups, ids, directory, umask), calls
 ``posix_spawn``, which shares memory until exec, and steps back. It has one thread: nothing else of it runs meanwhile.
 
 What the job's own directory or command can do to this happens with the job's rights: they are entered, looked up and
 executed after the change of uid. The saved uid stays 0, which is the way back; exec sets it to the effective one. With
-the job's real uid the shepherd can be signalled by processes of that uid: there are none, as a uid is one run's alone,
-and of a run's steps one lives at a time (``host`` sees to both). Where anything can't be taken back the shepherd ends,
-and its guardian begins anew.
+the job's real uid it can be killed by the process that it has just made: it is not the shepherd for that reason. Where
+anything can't be taken back it ends.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ import traceback
 from typing import NoReturn
 
 from supervisor.shepherd import linux
-from supervisor.shepherd.spec import StepSpec
+from supervisor.shepherd.mounts import PrivateTmp
 
-_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NOT_FOUND = 127
 _NOT_EXECUTABLE = 126
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_PROCESS = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+
+
+# (run, step), argv, cwd, environment, (uid, gid) to change to, workspace (absolute, without symlinks), private /tmp
+Order = tuple[tuple[str, str], list[str], str, dict[str, str], tuple[int, int] | None, str, bool]
 
 
 class CantExecute(Exception):
@@ -40,7 +42,7 @@ class CantExecute(Exception):
 
 
 class Spawner:
-    """One a shepherd. ``home``: its working directory; ``files``: the limit of open files the steps are to have."""
+    """``home``: its working directory; ``files``: the limit of open files the steps are to have."""
 
     def __init__(self, home: int, files: tuple[int, int]) -> None:
         # Inherited by every step: no setuid program gives it another uid, so what has the job's uid is all there is.
@@ -51,50 +53,48 @@ class Spawner:
         self._umask = os.umask(0o077)
         os.umask(self._umask)
         self._groups = os.getgroups()
-        self._mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self._tmp = PrivateTmp()
         self._nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         # An ignored signal stays ignored after exec, and Python ignores SIGPIPE and SIGXFSZ.
         self._signals = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
-    def spawn(self, spec: StepSpec, workspace: str, out: int, err: int) -> int:
-        """The pid of the step's process, which runs its command by then. ``workspace``: absolute, without symlinks.
+    def spawn(self, order: Order, out: int, err: int) -> int:
+        """The pid of the step's process, which runs its command by then.
 
         Raises CantExecute, or OSError where there can be no process.
         """
+        _, argv, cwd, environment, ids, workspace, private_tmp = order
         try:
             os.umask(0o022)
-            if spec.private_tmp:
-                _make_tmp_private(workspace)
-            if spec.ids is not None:
-                uid, gid = spec.ids
-                _hurry(True)
+            if private_tmp:
+                self._tmp.enter(workspace)
+            if ids is not None:
+                uid, gid = ids
                 os.setgroups([])
                 os.setresgid(gid, gid, 0)
                 os.setresuid(uid, uid, 0)
-            _enter(workspace, spec.cwd)
-            environment = _environment(spec, workspace)
+            _enter(workspace, cwd)
             if self._files != self._own_files:
                 resource.setrlimit(resource.RLIMIT_NOFILE, self._files)
-            return self._execute(spec.argv, environment, out, err)
+            return self._execute(argv, environment, out, err)
         except OSError as error:
             if error.errno in _NO_PROCESS:
                 raise
             raise CantExecute(_NOT_EXECUTABLE, f"the step could not be set up: {error.strerror or error}") from error
         finally:
-            self._step_back(spec)
+            self._step_back(ids is not None, private_tmp)
 
-    def _step_back(self, spec: StepSpec) -> None:
+    def _step_back(self, has_ids: bool, private_tmp: bool) -> None:
         try:
-            if spec.ids is not None:
+            if has_ids:
                 os.setresuid(0, 0, 0)
-                _hurry(False)
                 os.setresgid(0, 0, 0)
                 os.setgroups(self._groups)
             if self._files != self._own_files:
                 resource.setrlimit(resource.RLIMIT_NOFILE, self._own_files)
             os.umask(self._umask)
-            if spec.private_tmp:
-                linux.enter_mounts(self._mounts)
+            if private_tmp:
+                self._tmp.leave()
             os.fchdir(self._home)
         except BaseException:
             _give_up()
@@ -144,28 +144,6 @@ class Spawner:
         )
 
 
-def private_tmp_problem() -> str | None:
-    """Why this host can't give a step a /tmp of its own; None if it can. Tried in a child, at start."""
-    if os.geteuid() != 0:
-        return "not root"
-    read, write = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
-        problem = ""
-        try:
-            linux.own_mounts()
-            linux.bind(os.open("/tmp", os.O_PATH | os.O_CLOEXEC), "/tmp")
-        except OSError as error:
-            problem = error.strerror or "mount failed"
-        finally:
-            os.write(write, problem.encode())
-            os._exit(0)
-    os.close(write)
-    os.waitpid(pid, 0)
-    with open(read, "rb") as file:
-        return file.read().decode() or None
-
-
 def _hurry(on: bool) -> None:
     """From its exec on the step runs beside the shepherd, and may signal it until that has stepped back: one that began
     with ``kill -9 -1`` hit it on a busy machine. With a real-time priority the shepherd goes on at once, long before
@@ -195,34 +173,6 @@ def reset_signals() -> None:
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def _make_tmp_private(workspace: str) -> None:
-    """Binds the workspace's tmp to /tmp. A workspace that is itself below /tmp is shown again at its place."""
-    linux.own_mounts()
-    opened = [os.open(workspace, _DIRECTORY)]
-    try:
-        opened.append(os.open("tmp", _DIRECTORY, dir_fd=opened[0]))
-        top, tmp = opened
-        if workspace.startswith("/tmp/"):
-            for name in workspace.split("/")[2:]:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(name, 0o711, dir_fd=opened[-1])
-                opened.append(os.open(name, _DIRECTORY, dir_fd=opened[-1]))
-            linux.bind(top, f"/proc/self/fd/{opened[-1]}")
-        linux.bind(tmp, "/tmp", recursive=True)
-    finally:
-        for fd in opened:
-            os.close(fd)
-
-
-def _environment(spec: StepSpec, workspace: str) -> dict[str, str]:
-    defaults = {
-        "PATH": _DEFAULT_PATH,
-        "HOME": f"{workspace}/home",
-        "TMPDIR": "/tmp" if spec.private_tmp else f"{workspace}/tmp",
-    }
-    return {**defaults, **spec.env, "BSUP_RUN": spec.token}
 
 
 def _enter(workspace: str, cwd: str) -> None:

@@ -1,4 +1,4 @@
-"""The life of one step: running, then closing (its main process is reaped, what it left is killed), then closed.
+"""The life of one step: starting, running, closing (its main process is reaped, what it left is killed), closed.
 
 Standard library only; called by ``host``. The order on disk is what a crash at any point leaves readable: ``claim``
 before the process; ``started`` before anyone is told of it; output drained and ``exit`` before the reap (until then
@@ -12,20 +12,23 @@ import functools
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from supervisor.shepherd import kill
 from supervisor.shepherd.files import PromisedFile, Refusal, StateDirectory, say
+from supervisor.shepherd.launcher import Launcher, Outcome, Spawned
 from supervisor.shepherd.loop import Loop, now
 from supervisor.shepherd.output import FIFOS, Channel, Output
-from supervisor.shepherd.spawn import CantExecute, Spawner
+from supervisor.shepherd.spawn import CantExecute, Order
 from supervisor.shepherd.spec import StepSpec
 
 _CLOSING_TIME = 0.7
 _FIRST_RETRY = 0.002
 _LAST_RETRY = 0.05
 _DISK_RETRY = 1.0
+_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _STARTED_SIZE = 512
 _LONGEST_ERROR = 2000
 _TERM = (signal.SIGTERM, signal.SIGCONT)
@@ -37,7 +40,7 @@ class Ground(Protocol):
 
     loop: Loop
     state: StateDirectory
-    spawner: Spawner
+    launcher: Launcher
     boot_id: str
 
     def orphans_of(self, step: Step) -> set[int]:
@@ -45,6 +48,10 @@ class Ground(Protocol):
         ...
 
     def tell(self, event: str, step: Step) -> None: ...
+
+    def begun(self, step: Step) -> None:
+        """It has its process."""
+        ...
 
     def closed(self, step: Step, remains: bool) -> None: ...
 
@@ -73,6 +80,8 @@ class Step:
         self._ground = ground
         self._workspace = "/".join((ground.state.path, "work", *spec.workspace))
         self._output: Output
+        self._promise = PromisedFile(ground.state, place.directory, "started", _STARTED_SIZE)
+        self._on_begun: Callable[[str | None], None] | None = None
         self._exit: dict[str, Any] | None = None
         self._exit_written = False
         self._kill_at: float | None = None
@@ -88,57 +97,87 @@ class Step:
 
     @property
     def state(self) -> str:
+        if self._on_begun is not None:
+            return "starting"
         if self.pid is None:
             return "closing"
         return "running" if self.cause is None else "stopping"
 
     # --- the beginning ---
 
-    def start(self) -> None:
-        """Starts it and writes ``started``, or ``exit`` where its command can't be executed.
-
-        Raises Refusal when nothing was run; what was made is taken away again.
-        """
-        made: list[int] = []
-        started = PromisedFile(self._ground.state, self.place.directory, "started", _STARTED_SIZE)
+    def start(self, begun: Callable[[str | None], None]) -> None:
+        """Has it started; ``begun`` is called when ``started`` is on disk, or nobody knows whether it runs, or its
+        command can't be executed (its ``exit`` will say so); or with why there can be no process, and then nothing of
+        it is left. Raises Refusal where that is so at once."""
         try:
             reader = self.spec.ids[0] if self.spec.ids else None
-            self._output, *made = Output.make(self._ground.state, self.place.directory, self.spec.max_output, reader)
-            started.reserve()
-            self.pid = self._ground.spawner.spawn(self.spec, self._workspace, made[0], made[1])
-        except CantExecute as fault:
-            started.drop()
-            self._end_unstarted(fault)
-            return
+            self._output = Output.make(self._ground.state, self.place.directory, self.spec.max_output, reader)
+            self._promise.reserve()
         except OSError as error:
-            started.drop()
             self._undo()
-            problem = f"the step could not be started: {error.strerror}: {error.filename or 'fork'}"
-            raise Refusal("failed", problem) from error
-        finally:
-            for fd in made:
-                os.close(fd)
-        self.leader = self.pid
-        self._watch()
-        try:
-            started.write(self._started(self.pid))
-        except OSError as error:
-            # Its room was there before: a disk that is broken, then. It runs, so it can't be refused any more.
-            say(f"{self.place.path}: started can't be written: {error}")
-            self.abandon()
+            raise Refusal("failed", f"the step could not be started: {error.strerror}: {error.filename}") from error
+        self._on_begun = begun
+        self._ground.launcher.spawn(self._order(), self._on_outcome)
 
-    def _started(self, pid: int) -> dict[str, Any]:
+    def _order(self) -> Order:
+        spec, place = self.spec, self.place
+        defaults = {
+            "PATH": _DEFAULT_PATH,
+            "HOME": f"{self._workspace}/home",
+            "TMPDIR": "/tmp" if spec.private_tmp else f"{self._workspace}/tmp",
+        }
+        environment = {**defaults, **spec.env, "BSUP_RUN": spec.token}
+        names = place.run, place.index
+        return names, spec.argv, spec.cwd, environment, spec.ids, self._workspace, spec.private_tmp
+
+    def _on_outcome(self, outcome: Outcome) -> None:
+        assert self._on_begun is not None
+        begun, self._on_begun = self._on_begun, None
+        problem = None
+        match outcome:
+            case Spawned():
+                self._on_spawned(outcome)
+            case CantExecute():
+                self._promise.drop()
+                self._end_unstarted(outcome)
+            case OSError():
+                self._undo()
+                problem = f"the step could not be started: {outcome.strerror}"
+            case None:
+                # It may run, or be in the middle of its set-up: what is found of it is killed.
+                self._promise.drop()
+                self.abandoned = True
+                self._closing_since = now()
+                self._ground.loop.at(now(), self.close)
+        begun(problem)
+
+    def _on_spawned(self, spawned: Spawned) -> None:
+        self.pid = self.leader = spawned.pid
+        self._ground.begun(self)
+        self._watch()
         at = now()
         if self.spec.timeout is not None:
             self._ground.loop.at(at + self.spec.timeout, self._on_timeout)
-        return {
-            "pid": pid,
-            "start_time": kill.start_time(pid),
+        started = {
+            "pid": spawned.pid,
+            "start_time": spawned.start_time,
             "boot_id": self._ground.boot_id,
             "at": self.started_at,
             "at_boot": at,
             "private_tmp": self.spec.private_tmp,
         }
+        try:
+            self._promise.write(started)
+        except OSError as error:
+            # Its room was there before: a disk that is broken, then. It runs, so it can't be refused any more.
+            say(f"{self.place.path}: started can't be written: {error}")
+            self.abandon()
+        if self._kill_at is not None:
+            # It was stopped before it began.
+            if now() < self._kill_at:
+                self._signal(_TERM)
+            else:
+                self._on_kill_time()
 
     def _end_unstarted(self, fault: CantExecute) -> None:
         """Its end is told once its start was."""
@@ -153,6 +192,7 @@ class Step:
         self.close()
 
     def _undo(self) -> None:
+        self._promise.drop()
         if hasattr(self, "_output"):
             self._output.close()
         for name in FIFOS:
@@ -174,12 +214,12 @@ class Step:
 
     def stop(self, cause: str, grace: float, *, at_once: bool = False) -> None:
         """Asks it to end, and kills it after ``grace`` seconds. A later call can only bring the end nearer."""
-        if self.pid is None:
+        if self.state == "closing":
             return
         if self.cause is None or cause == "fence":
             self.cause = cause
         when = now() + (0.0 if at_once else grace)
-        if self._kill_at is None and when > now():
+        if self._kill_at is None and when > now() and self.pid is not None:
             self._signal(_TERM)
         if self._kill_at is None or when < self._kill_at:
             self._kill_at = when
@@ -227,13 +267,14 @@ class Step:
 
     # --- the end ---
 
-    def exited(self, info: os.waitid_result) -> None:
-        """The main process is dead and not yet reaped: takes what it wrote, and writes down how it ended."""
+    def exited(self, code: int, status: int) -> None:
+        """The main process is dead, as ``waitid`` says it, and not yet reaped: takes what it wrote, and writes down how
+        it ended."""
         self._drain()
-        ended_itself = info.si_code == os.CLD_EXITED
+        ended_itself = code == os.CLD_EXITED
         self._exit = {
-            "exit_code": info.si_status if ended_itself else None,
-            "signal": None if ended_itself else info.si_status,
+            "exit_code": status if ended_itself else None,
+            "signal": None if ended_itself else status,
             "at": time.time(),
             "cause": self.cause,
             "error": None,

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from yard import Yard, children, open_files
+from yard import Yard, children, open_files, until
 
 
 @pytest.fixture
@@ -55,5 +55,6 @@ def _checked(yard: Yard) -> Iterator[Yard]:
     before = open_files(yard.pid)
     yield yard
     assert yard.link.ask(do="status")["live"] == []
-    assert children(yard.pid) == []
+    # The launcher reaps a moment after the shepherd has said that all is over.
+    until(lambda: children(yard.pid) == [], "no process is left")
     assert open_files(yard.pid) == before

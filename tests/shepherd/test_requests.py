@@ -291,7 +291,7 @@ def test_it_leaves_when_nobody_needs_it(make_yard: Callable[..., Yard]) -> None:
     yard.word()
     yard.link.close()
     # Longer than it lingers: a live step keeps it, without any client.
-    ended = yard.start("sleep 0.5", run="r-2", number=1)
+    ended = yard.start("sleep 0.5", index=1)
     yard.ended(ended)
     yard.link.close()
     assert children(shepherd) != []

@@ -295,12 +295,22 @@ def is_alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The processes below it that are not its own: steps' main processes are its launcher's children."""
+    found = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    own = [each for each in found if Path(f"/proc/{each}/comm").read_text() == "bsup-launcher\n"]
+    return [each for each in found if each not in own] + [below for each in own for below in children(each)]
+
+
+def launcher(shepherd: int) -> int:
+    found = [int(word) for word in Path(f"/proc/{shepherd}/task/{shepherd}/children").read_text().split()]
+    (pid,) = (each for each in found if Path(f"/proc/{each}/comm").read_text() == "bsup-launcher\n")
+    return pid
 
 
 def open_files(pid: int) -> list[str]:
+    """But for mount namespaces, of which it keeps some."""
     found = []
     for name in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
             found.append(os.readlink(f"/proc/{pid}/fd/{name}").partition("[")[0])
-    return sorted(found)
+    return sorted(name for name in found if name != "mnt:")
