@@ -2,7 +2,7 @@
 
 A daemon as a user would start it, on a durable PostgreSQL: leases, workspaces, uids, private /tmp (as root), logs and
 records included, from the first lease to the last end that is recorded. The jobs are submitted beforehand, while the
-A daemon as a user would start it, on a durable PostgreSQL: leases, workspaces, uids, private tmp (as root), logs and
+daemon is drained.
 """
 
 # ruff: noqa: ASYNC110, ASYNC220 - looking again and waiting is what a benchmark does
@@ -81,7 +81,7 @@ class Bsup:
         return jobs / took
 
     async def megabytes_a_sleeper(self, sleepers: int = SLEEPERS) -> float:
-        """What daemon and shepherd grow by for each job that runs."""
+        """What the daemon and the shepherd with its children grow by for each job that runs."""
         await self.run(sleepers)
         before = self.memory()
         await self.submit(sleepers, ["sleep", "1000"])
@@ -111,7 +111,7 @@ class Bsup:
                 await asyncio.sleep(0.1)
 
     def memory(self) -> int:
-        return pss(self.process.pid) + pss(self.shepherd)
+        return pss(self.process.pid) + sum(pss(pid) for pid in own(self.shepherd))
 
     @property
     def shepherd(self) -> int:
@@ -181,6 +181,15 @@ def is_lease(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def own(pid: int) -> list[int]:
+    """The process and what below it is bsup's own, not a job's."""
+    found = [pid]
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if Path(f"/proc/{child}/comm").read_text().startswith("bsup-"):
+            found += own(int(child))
+    return found
 
 
 def pss(pid: int) -> int:

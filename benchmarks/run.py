@@ -30,7 +30,6 @@ MODULES = {
     "scale": "A queue that grows",
     "store": "Statements",
     "mailbox": "Mailboxes",
-    "shepherd": "Shepherd",
     "process": "Processes",
     "log": "Logs",
     "control": "Daemon and command line",

@@ -144,15 +144,6 @@ class Spawner:
         )
 
 
-def _hurry(on: bool) -> None:
-    """From its exec on the step runs beside the shepherd, and may signal it until that has stepped back: one that began
-    with ``kill -9 -1`` hit it on a busy machine. With a real-time priority the shepherd goes on at once, long before
-    the step's loader is through. Children don't inherit it."""
-    policy, priority = (os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, 1) if on else (os.SCHED_OTHER, 0)
-    with contextlib.suppress(OSError):  # where that is not allowed, the guardian begins the shepherd anew
-        os.sched_setscheduler(0, policy, os.sched_param(priority))
-
-
 def fork_quietly() -> int:
     """Forks with all signals blocked; the child calls ``reset_signals``. A signal it took before that would be written
     into the wake-up pipe it shares with the shepherd, which would take it for its own."""
