@@ -21,7 +21,7 @@ import anyio.to_thread
 import msgspec
 import uvloop
 
-from supervisor import __version__, journal, kinds
+from supervisor import __version__, failpoints, journal, kinds
 from supervisor.actors import control_parts
 from supervisor.actors.control import ControlActor
 from supervisor.actors.control_connection import Limits
@@ -103,6 +103,7 @@ def run_daemon(settings: Settings, *, reload: Callable[[], Settings]) -> int:
     """Runs until told to end; the process's exit code. ``settings`` are resolved; ``reload`` reads them anew."""
     secrets = host_secrets(settings, os.environ)
     journal.set_up(settings.log.level, settings.log.format, SecretSet(secret_values({}, {}, secrets)).text)
+    _arm_failpoints(os.environ)
     state = Path(settings.state.dir)
     _make_directories(state, Path(settings.control.socket))
     lock = lock_state(state)
@@ -124,6 +125,16 @@ def host_secrets(settings: Settings, environ: Mapping[str, str]) -> dict[str, st
     if settings.database.dsn != "embedded" and (password := parse(settings.database.dsn).password):
         found["database"] = password
     return found
+
+
+def _arm_failpoints(environ: Mapping[str, str]) -> None:
+    if not (armed := environ.get(failpoints.VARIABLE)):
+        return
+    try:
+        failpoints.arm(armed)
+    except ValueError as error:
+        raise InvalidInput(failpoints.VARIABLE, str(error), "nothing, but in tests") from None
+    log.warning("%s is set: this daemon will die or stop at %s", failpoints.VARIABLE, ", ".join(failpoints.ARMED))
 
 
 def _read(field: str, path: str) -> str:

@@ -24,6 +24,7 @@ from typing import Any, assert_never
 
 import msgspec
 
+from supervisor import failpoints
 from supervisor.actors.claiming import Claimer
 from supervisor.actors.ledger import Held, Ledger, MakeJob, Owner
 from supervisor.actors.outbox import Outbox
@@ -282,6 +283,8 @@ class Dispatcher:
     # --- jobs -------------------------------------------------------------------------------------------------
 
     def _on_claimed(self, lease: Lease) -> None:
+        if failpoints.ARMED:
+            failpoints.hit("leased")
         self._take(lease, JobStart())
         if self._claimer.fenced:  # it passed while the claim was under way
             self._tell(lease.id, Fenced())

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any, TypeVarTuple, Unpack, assert_never
 
+from supervisor import failpoints
 from supervisor.actors.job_words import end_of, fit_to_leave, moved_of, success_of
 from supervisor.actors.ledger import Owner
 from supervisor.mailbox import Ask, Mailbox, Told
@@ -380,9 +381,13 @@ class JobActor:
                 return
 
     def _on_step_end(self, end: StepEnd) -> None:
+        if failpoints.ARMED:
+            failpoints.hit("exited")
         self._tell_self(StepEnded(end))
 
     def _asked_to_start(self, index: int) -> datetime | Awaitable[datetime] | Exception:
+        if failpoints.ARMED:
+            failpoints.hit("prepared")
         try:
             return self._runner.start(self.lease.id, index, self._on_step_end)
         except Exception as error:

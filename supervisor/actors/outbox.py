@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from supervisor import failpoints
 from supervisor.model.errors import BsupError, SessionRefused, StoreUnavailable
 from supervisor.model.job import AttemptEnd, LeaseId, Me, StepRecord
 from supervisor.model.policies import patience
@@ -136,6 +137,8 @@ class Outbox:
                         self._on_refused(me)
                         break
                     continue
+                if failpoints.ARMED:
+                    failpoints.hit("recorded")
                 self._failing = False
                 self.last_answer = asyncio.get_running_loop().time()
                 for verdict in verdicts:

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 
 import msgspec
 
+from supervisor import failpoints
 from supervisor.model.errors import RunnerError
 
 HintKind = Literal["exited", "closed", "reconnected"]
@@ -172,7 +173,8 @@ class ShepherdClient:
 
         A command that can't be executed is no error here: the step's ``exit`` says so (cause ``exec``).
         """
-        said, _ = await self._ask({"do": "start", "dir": str(step_dir)})
+        asked = self._ask({"do": "start", "dir": str(step_dir)})
+        said, _ = await (failpoints.sent("spawned", asked) if failpoints.ARMED else asked)
         return said.at
 
     async def stop_run(self, run_dir: Path, grace: float, kill: bool) -> bool:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import msgspec
 
+from supervisor import failpoints
 from supervisor.model.errors import StoreUnavailable
 from supervisor.model.job import AttemptEnd, Lease, LeaseId, Me, Outcome, StepRecord
 from supervisor.ports import Need, Room, Verdict
@@ -47,7 +48,7 @@ class Dispatch:
 
     async def _claim(self, me: Me, first_counter: int, room: Room, begin: Key) -> tuple[list[Lease], Key]:
         """The leases, and the key of the last one."""
-        rows = await self._dispatch.rows(
+        asked = self._dispatch.rows(
             "claim",
             me.session,
             me.incarnation,
@@ -59,6 +60,7 @@ class Dispatch:
             list(room.needs),
             *begin,
         )
+        rows = await (failpoints.sent("claim-sent", asked) if failpoints.ARMED else asked)
         if not rows:
             raise refused()
         if rows[0]["counter"] is None:
@@ -91,7 +93,7 @@ class Dispatch:
         self, me: Me, ends: list[AttemptEnd], *, wait: bool
     ) -> tuple[dict[LeaseId, Verdict], list[AttemptEnd]]:
         """Verdicts that differ from what was told, and the ends that are passed over."""
-        rows = await self._dispatch.rows(
+        asked = self._dispatch.rows(
             "finish",
             me.session,
             me.incarnation,
@@ -109,6 +111,7 @@ class Dispatch:
             steps_of_ends(ends) if any(end.steps for end in ends) else None,
             wait,
         )
+        rows = await (failpoints.sent("record-sent", asked) if failpoints.ARMED else asked)
         if not rows:
             return {}, []
         by_counter = {end.lease.counter: end for end in ends}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 
+from supervisor import failpoints
 from supervisor.model.errors import SessionRefused, StoreUnavailable
 from supervisor.model.job import HostInfo, Lease, LeaseId, Me
 from supervisor.ports import Reaped, Renewal, SessionGrant, StopOrder
@@ -29,9 +30,10 @@ class Sessions:
     async def resume_session(
         self, session: str, incarnation: str, host: HostInfo, term: float, next_incarnation: str
     ) -> SessionGrant | None:
-        epoch = await self._renewal.value(
+        asked = self._renewal.value(
             "resume_session", session, incarnation, next_incarnation, *_facts(host), term, list(host.kinds)
         )
+        epoch = await (failpoints.sent("resume-sent", asked) if failpoints.ARMED else asked)
         return None if epoch is None else SessionGrant(Me(session, next_incarnation, epoch), term)
 
     async def renew(self, me: Me, term: float, draining: bool) -> Renewal:
