@@ -43,6 +43,9 @@ CALM = 5.0
 HASTE = 0.25
 """The share of the time since it is idle after which such a host looks again."""
 
+HOPS = 2
+"""Turns of the loop from a lease to the first line of a handler."""
+
 TURN = 64
 """Jobs that are begun before the rest of the loop has its turn."""
 
@@ -203,7 +206,12 @@ class Claimer:
         if self._are_needs_overdue:
             await self._refresh_needs()
         if self._needs and await self._claim(me, free):
-            return True
+            # What was begun comes first, before the next statement is made.
+            for _ in range(HOPS):
+                await asyncio.sleep(0)
+            if self._has_more or not self._idle:
+                return True
+            # It got all there was, and who commits a job after that wakes this host.
         if self._needs_stale and await self._refresh_needs():
             return True
         if self._idle:

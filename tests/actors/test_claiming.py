@@ -101,6 +101,17 @@ async def test_a_wake_up_is_followed_by_a_claim_and_by_nothing_before_it(store: 
         assert host.claims[0] == (began, 1)
 
 
+async def test_a_host_that_waits_claims_once_for_a_job(store: FakeStore) -> None:
+    """Who commits another one after that claim wakes it again."""
+    store.add(1)
+    async with claiming(store, 4) as host:
+        for number in (2, 3):
+            store.add(1)
+            await until(lambda number=number: len(host.taken) == number)
+            await asyncio.sleep(POLL / 4)
+        assert store.calls.count("claim") == 2
+
+
 async def test_a_job_of_a_kind_that_is_new_to_the_host_is_found(store: FakeStore) -> None:
     store.add(1)
     async with claiming(store, 4) as host:
