@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,6 @@ from world import World
 from supervisor.store.migrate import ensure_schema
 
 HERE = Path(__file__).parent
-
-
-def count_of(variable: str, *, ci: int) -> int:
-    """How often a chaos test does what it does: as the variable says, else ``ci`` times."""
-    return int(os.environ.get(variable) or ci)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -42,6 +42,11 @@ AWAY = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
 """What a query raises while the database is away."""
 
 
+def count_of(variable: str, *, ci: int) -> int:
+    """How often a chaos test does what it does: as the variable says, else ``ci`` times."""
+    return int(os.environ.get(variable) or ci)
+
+
 class Loop:
     """An event loop in a thread of its own, for synchronous tests."""
 
