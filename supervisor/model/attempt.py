@@ -163,16 +163,18 @@ def _on_adopted(state: AttemptState, event: Adopted) -> Next:
     if plan.timeout is not None and not state.cause:
         effects.append(ArmTimeout(max(0.0, plan.timeout - event.elapsed)))
     running: StepTaken | None = None
+    early = {end.index: end for end in state.early}
     for taken in sorted(event.taken, key=lambda t: t.index):
         position = _position(plan, taken.index)
         if position is None:
             continue
         if state.started_at is None:
             state = _replace(state, started_at=taken.started_at)
-        if taken.end is None:
+        end = taken.end or early.get(taken.index)
+        if end is None:
             running = taken
             continue
-        state = _ended_step(_replace(state, current=position), taken.end)
+        state = _ended_step(_replace(state, current=position), end)
         if not plan.in_process:
             effects += [LogStepStarted(taken.index), LogStepEnded(taken.index), Report(state.steps[position])]
     if running is not None and event.rebooted:
@@ -229,6 +231,8 @@ def _on_start_failed(state: AttemptState, event: StartFailed) -> Next:
 
 def _on_ended(state: AttemptState, event: StepEnded) -> Next:
     end = event.end
+    if state.stage is _PREPARING:
+        return _replace(state, early=(*state.early, end)), []
     position = state.current
     if position is None or not state.is_alive or state.steps[position].index != end.index:
         return state, []

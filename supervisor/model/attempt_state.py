@@ -66,6 +66,8 @@ class AttemptState(msgspec.Struct, frozen=True, kw_only=True):
     cause_text: str = ""
     grace: float = 0.0
     kill: bool = False
+    early: tuple[StepEnd, ...] = ()
+    """Ends that came while the attempt was being taken up: it was read before as still running."""
     unsure: bool = False
     """Whether the current step was started at all is not known: the start gave no clear answer."""
     failed: bool = False

@@ -249,6 +249,18 @@ def test_adoption_after_a_boot_is_a_loss_unless_all_had_ended() -> None:
     assert state.cause is Cause.NONE and state.stage is Stage.FLUSHING
 
 
+def test_an_end_that_comes_while_the_attempt_is_taken_up_counts() -> None:
+    """Its step was read as running, then it ended, and then all else that a take-up needs was there."""
+    state, effects = advance(AttemptState(), end(0, 7))
+    assert effects == []
+    state, effects = advance(state, Adopted(PLAN, (StepTaken(0, AT, None),), 0.0, False))
+    assert (state.steps[0].state, state.exit_code) == (StepState.FAILED, 7)
+    assert StartStep(2) in effects  # a step that always runs follows
+    state, _ = advance(AttemptState(), end(0, 7))
+    state, effects = advance(state, Adopted(PLAN, (StepTaken(0, AT, end(0, 0).end),), 0.0, False))
+    assert state.exit_code is None and StartStep(1) in effects, "what is on disk comes first"
+
+
 def test_an_adopted_attempt_that_is_doomed_is_stopped() -> None:
     state, _ = advance(AttemptState(), Stalled(10.0))
     _, effects = advance(state, Adopted(PLAN, (StepTaken(0, AT, None),), 0.0, False))
