@@ -5,9 +5,10 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from supervisor.cli.configuration import checked, facts, file_of, load, read
+from supervisor.cli.configuration import checked, facts, file_of, in_file, load, read
 from supervisor.cli.exits import CommandError, Exit
 from supervisor.cli.terminal import Terminal
+from supervisor.model.errors import InvalidInput
 
 
 def config(args: Namespace, terminal: Terminal) -> int:
@@ -17,11 +18,17 @@ def config(args: Namespace, terminal: Terminal) -> int:
 
 
 def _check(args: Namespace, terminal: Terminal) -> int:
+    """All that would end a daemon's start: its kinds are loaded too."""
+    from supervisor import kinds
     from supervisor.model.settings import resolve
 
     path = file_of(args)
     settings = read(path)
     resolved = checked(path, lambda: resolve(settings, facts()))
+    try:
+        kinds.load(resolved.jobs.kinds)
+    except InvalidInput as error:
+        raise in_file(path, error) from None
     for problem in _files_missing(resolved.redact.values_file, *(c.password_file for c in resolved.git.credentials)):
         raise CommandError(f"{path}: {problem}", "the daemon reads it when it starts", Exit.USAGE)
     if terminal.json:

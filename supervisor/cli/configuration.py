@@ -67,8 +67,13 @@ def checked(path: Path | None, make: Callable[[], Settings]) -> Settings:
     try:
         return make()
     except InvalidInput as error:
-        where = "" if path is None else f"{path}: "
-        raise InvalidInput(f"{where}{error.field}", error.problem, error.allowed) from None
+        raise in_file(path, error) from None
+
+
+def in_file(path: Path | None, error: InvalidInput) -> InvalidInput:
+    """The error, with the file named."""
+    where = "" if path is None else f"{path}: "
+    return InvalidInput(f"{where}{error.field}", error.problem, error.allowed)
 
 
 def load(args: Namespace) -> Settings:

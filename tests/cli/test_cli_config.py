@@ -28,6 +28,10 @@ def test_check_says_what_is_wrong_with_the_file(bsup: Bsup, tmp_path: Path) -> N
     file.write_text('[redact]\nvalues_file = "/nonexistent/values"\n')
     assert bsup("config", "check", file).code == 2
     assert bsup("config", "check", tmp_path / "none.toml").code == 2
+    file.write_text('[jobs.kinds]\nmail = "no_such_module:send"\n')
+    done = bsup("config", "check", file)
+    assert (done.code, done.out) == (2, "")
+    assert f"{file}: jobs.kinds.mail: no_such_module:send can't be loaded" in done.err
 
 
 def test_show_reads_back_and_hides_passwords(bsup: Bsup, tmp_path: Path) -> None:
