@@ -11,6 +11,7 @@
 | ``started twice`` | a step starts at most once under one lease |
 | ``unrecorded`` | every run belongs to the attempt that names its lease; one that was never begun did not run |
 | ``exit code`` | a recorded exit code is the one that was stamped |
+| ``killed`` | no run was ended by a signal, as none sends itself one (but those of ``may_be_killed``) |
 | ``success`` | a job that succeeded has a run that stamped its end, with 0, in every step |
 | ``log`` | the log is what the run wrote, to the byte; of a run that was cut off, the beginning of it |
 """  # noqa: E501 - a table's row can't be broken
@@ -75,6 +76,7 @@ class History:
     stamps: list[Stamp]
     logs: dict[tuple[int, int], dict[tuple[int, int], bytes]] = field(default_factory=dict)
     events: list[tuple[int | None, str]] = field(default_factory=list)
+    may_be_killed: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,8 @@ def violations(history: History) -> list[Violation]:
         if job is not None:
             broken += _ends(job, own)
             broken += _recorded(job, own, ran)
+            if id not in history.may_be_killed:
+                broken += _killed(own)
             broken += _logs(job, own, ran, history.logs)
     leases = [attempt.lease for attempt in history.attempts]
     for attempt in history.attempts:
@@ -229,6 +233,12 @@ def _recorded(job: Job, own: Sequence[Attempt], ran: Sequence[Run]) -> Iterator[
         yield Violation("exit code", job.id, f"it succeeded with {job.exit_code}")
 
 
+def _killed(own: Sequence[Attempt]) -> Iterator[Violation]:
+    for attempt in own:
+        if attempt.outcome == "failed" and attempt.signal is not None:
+            yield Violation("killed", attempt.job, f"attempt {attempt.attempt} was ended by signal {attempt.signal}")
+
+
 def _ended_well(run: Run) -> bool:
     started = {stamp.step for stamp in run.of("start")}
     return bool(started) and {stamp.step for stamp in run.of("end") if stamp.words[0] == "0"} == started
@@ -295,6 +305,7 @@ def read(world: World) -> History:
         attempts=[Attempt(*row) for row in world.query(_ATTEMPTS)],
         stamps=stamps.read(world.stamps),
         events=[(row[0], row[1]) for row in world.query(_EVENTS)],
+        may_be_killed=set(world.may_be_killed),
     )
     for job, attempt, offset, data in world.query(_CHUNKS):
         log = history.logs.setdefault((job, attempt), defaultdict(bytes))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,24 +86,40 @@ def job(
     return {"kind": "steps", "steps": [{"name": f"s{n}", "run": run} for n, run in enumerate(runs, 1)], **spec}
 
 
-def in_process(files: Path, *, ticks: int = 2, every: float = 0.05, **spec: Any) -> dict[str, Any]:
-    """An in-process job of the kind ``stamped``."""
-    return {"kind": "stamped", "args": {"files": str(files), "ticks": ticks, "every": every}, **spec}
+def in_process(
+    files: Path, *, ticks: int = 2, every: float = 0.05, gate: Path | None = None, block: float = 0.0, **spec: Any
+) -> dict[str, Any]:
+    """An in-process job of the kind ``stamped``. ``block``: seconds for which its first attempt holds the whole daemon
+    up."""
+    args = {"files": str(files), "ticks": ticks, "every": every, "gate": gate and str(gate), "block": block}
+    return {"kind": "stamped", "args": args, **spec}
 
 
 async def stamped(job: Any) -> None:
     """The handler of the kind ``stamped``."""
-    file = Path(job.args["files"]) / str(job.id)
+    args = job.args
+    file = Path(args["files"]) / str(job.id)
     who = f"{os.environ[HOST]} {job.id} {job._lease.id} {job.attempt} 0 {os.getpid()} {_born()}"
     _append(file, f"{who} start")
-    for tick in range(1, job.args["ticks"] + 1):
-        await asyncio.sleep(job.args["every"])
+    if args["block"] and job.attempt == 1:
+        time.sleep(args["block"])  # noqa: ASYNC251 - what a bad handler does
+    tick = 0
+    while tick < args["ticks"] or (args["gate"] and not os.path.exists(args["gate"])):  # noqa: ASYNC240 - a short look
+        tick += 1
         _append(file, f"{who} tick {tick}")
+        await asyncio.sleep(args["every"])
     _append(file, f"{who} end 0 0")
 
 
 def _born() -> str:
     return Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def write(files: Path, who: Stamp) -> None:
+    """A stamp of a run that a test plays itself; its time is now."""
+    words = " ".join((who.what, *who.words))
+    said = f"{who.host} {who.job} {who.lease} {who.attempt} {who.step} {who.pid} {who.born} {words}"
+    _append(files / str(who.job), said)
 
 
 def _append(file: Path, said: str) -> None:

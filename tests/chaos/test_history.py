@@ -118,6 +118,7 @@ SPOILED: dict[str, tuple[str, Spoil]] = {
     "it ran and is told as never begun": ("unrecorded", attempt(1, outcome="released", reason="orphan")),
     "a wrong exit code": ("exit code", attempt(2, exit_code=8)),
     "an exit code that no run told": ("exit code", without("b-1", "end")),
+    "a run that was killed": ("killed", attempt(2, exit_code=None, signal=9)),
     "a success without a run": ("success", attempt(3, lease="b-7")),
     "a success without an end stamped": ("success", without("b-2", "end")),
     "a success of a run that failed": ("success", attempt(2, outcome="succeeded")),

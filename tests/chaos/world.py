@@ -108,7 +108,7 @@ class Host(Daemon):
         """``failpoints``: those of this start alone."""
         words = ["--config", str(self.config), "--dsn", self.dsn]
         words += ["--state", str(self.state), "--socket", str(self.socket)]
-        env = {**os.environ, **self.env, **({"BSUP_FAILPOINTS": failpoints} if failpoints else {})}
+        env = {**self.environment, **({"BSUP_FAILPOINTS": failpoints} if failpoints else {})}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self._prefix, *BSUP, "daemon", *words, *args],
@@ -121,6 +121,10 @@ class Host(Daemon):
         if ready:
             self.until_ready()
         return self
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, **self.env}
 
     def until_ready(self, deadline: float = 60.0) -> None:
         """It has its session and has compared what runs."""
@@ -203,6 +207,8 @@ class World:
         self.stamps.chmod(0o777)
         self.hosts: dict[str, Host] = {}
         self.accepted: list[int] = []
+        self.may_be_killed: set[int] = set()
+        """Jobs that end by a signal of their own, or of the kernel's."""
         self.loop = Loop()
         self._database = Database(self.loop, dsn)
         self._closed = False
