@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
-from arena import IDLE, Arena
+from arena import IDLE, WARM_UP, Arena
 from contestants import BSUP, GRAPHILE, PGQUEUER, Contestant, Missing
 from measured import Bar, Findings, Measured, at_least, interleave, of_samples, percentile, ratio, unmeasured
 from multiply import multiply
@@ -230,14 +230,17 @@ class Scale:
         database = await self.arena.fresh(contestant)
         await (await self.arena.settled(database)).close()
         found = []
-        number = 0
-        total = sum(int(load * LOAD_SECONDS) + LOAD_JOBS + load for load in LOADS)
+        number = WARM_UP
+        total = WARM_UP + sum(int(load * LOAD_SECONDS) + LOAD_JOBS + load for load in LOADS)
         async with (
             self.arena.workers(contestant, database, jobs=total) as working,
             self.arena.client(contestant, database) as client,
         ):
             await working.begun()
             await asyncio.sleep(IDLE)
+            for first in range(WARM_UP):
+                await client.one(first)
+                await working.job(first)
             for load in LOADS:
                 burst = max(1, round(load * TICK))
                 first, committed = number, list[tuple[int, int]]()
