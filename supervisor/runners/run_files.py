@@ -8,6 +8,7 @@ A step's ``spec`` and the plan hold secrets: all of it is 0600 below a directory
 
 from __future__ import annotations
 
+import functools
 import os
 import pwd
 import secrets
@@ -27,6 +28,7 @@ from supervisor.runners.handles import Damaged, StepFile
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PLAN_FILE = "plan.json"
+_SMALL_SPEC = 4096
 # With PYTHONPATH and without site-packages: it starts in a few hundredths of a second, installed or not.
 _CHECKOUT = (sys.executable, "-S", "-s", "-P", "-m", "supervisor.runners.checkout")
 
@@ -104,7 +106,7 @@ class RunPlanner:
         self._state = state
         self._lease = lease
         self._settings = settings
-        self._spec = decode_spec(lease.spec)
+        self._spec = _spec(bytes(lease.spec))
         self._id = str(lease.id)
         self._workspace = f"{state}/work/{self._id}"
         missing = sorted(set(self._spec.secrets) - set(lease.secrets))
@@ -220,6 +222,14 @@ class RunPlanner:
             "files": spec.files or None,
             "credentials": credentials,
         }
+
+
+def _spec(data: bytes) -> JobSpec:
+    """Of many jobs that are alike, as a loop or an array submits them, it is checked once."""
+    return _known_spec(data) if len(data) <= _SMALL_SPEC else decode_spec(data)
+
+
+_known_spec = functools.lru_cache(maxsize=256)(decode_spec)
 
 
 def _json(value: object) -> str:

@@ -82,6 +82,7 @@ class _Link(asyncio.Protocol):
         self._on_line = on_line
         self._transport: asyncio.WriteTransport | None = None
         self._begun = b""
+        self._unsent: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's derive from nothing
@@ -101,8 +102,15 @@ class _Link(asyncio.Protocol):
             self.close()
 
     def write(self, line: bytes) -> None:
+        """With all that is asked in this turn of the loop: the shepherd wakes up once for it."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._unsent.append(line)
+
+    def _send(self) -> None:
+        lines, self._unsent = self._unsent, []
         if self._transport is not None:
-            self._transport.write(line)
+            self._transport.write(b"".join(lines))
 
     def close(self) -> None:
         if self._transport is not None:
@@ -132,6 +140,8 @@ class ShepherdClient:
         self._patience = patience
         self._tell: list[Hint] = []
         self._waiting: dict[int, asyncio.Future[tuple[_Said, bytes]]] = {}
+        self._deadlines: dict[int, tuple[float, asyncio.Future[tuple[_Said, bytes]]]] = {}
+        self._expiry: asyncio.TimerHandle | None = None
         self._last_id = 0
         self._link: _Link | None = None
         self._hello: asyncio.Future[bytes] | None = None
@@ -155,6 +165,9 @@ class ShepherdClient:
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
             self._keeper = None
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
 
     def on_hint(self, tell: Hint) -> None:
         """``tell(kind, step_dir)`` on the event loop; ``reconnected`` (None): hints may have been missed, read the
@@ -218,9 +231,9 @@ class ShepherdClient:
                 continue
             self._last_id += 1
             number = self._last_id
-            loop = asyncio.get_running_loop()
-            future = self._waiting[number] = loop.create_future()
-            timer = None if slow else loop.call_later(self._patience, _expire, future)
+            future = self._waiting[number] = asyncio.get_running_loop().create_future()
+            if not slow:
+                self._expire_after_patience(number, future)
             try:
                 self._link.write(_ENCODER.encode({"id": number, **request}) + b"\n")
                 said, line = await future
@@ -230,11 +243,27 @@ class ShepherdClient:
                 continue
             finally:
                 del self._waiting[number]
-                if timer is not None:
-                    timer.cancel()
+                self._deadlines.pop(number, None)
             if said.ok:
                 return said, line
             raise Refused(said.code, said.error)
+
+    def _expire_after_patience(self, number: int, future: asyncio.Future[tuple[_Said, bytes]]) -> None:
+        """One timer for all: they are answered long before, and all wait equally long."""
+        loop = asyncio.get_running_loop()
+        self._deadlines[number] = loop.time() + self._patience, future
+        if self._expiry is None:
+            self._expiry = loop.call_later(self._patience, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        loop = asyncio.get_running_loop()
+        for deadline, future in self._deadlines.values():
+            if deadline > loop.time():
+                self._expiry = loop.call_at(deadline, self._expire)
+                return
+            if not future.done():
+                future.set_exception(TimeoutError())
 
     async def _wait_connected(self) -> None:
         if self._keeper is None or self._keeper.done():
@@ -364,8 +393,3 @@ class ShepherdClient:
             return None
         words = done.stderr.decode(errors="replace").strip().splitlines()
         return words[-1] if words else f"it ended at its start; see {self._state / 'shepherd.log'}"
-
-
-def _expire(future: asyncio.Future[tuple[_Said, bytes]]) -> None:
-    if not future.done():
-        future.set_exception(TimeoutError())

@@ -26,6 +26,10 @@ _PIECE = 1 << 16
 _AT_ONCE_BYTES = 4 << 20
 
 
+to_json = json.JSONEncoder(separators=(",", ":")).encode
+"""Short; and not made anew for each, as ``json.dumps`` would."""
+
+
 class Refusal(Exception):
     """A request that is not done; nothing was changed. ``code``: fence, busy, policy, spec or failed."""
 
@@ -42,6 +46,12 @@ class StateDirectory:
         self.path = os.path.realpath(path)
         self.owner = owner
         self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._tops: dict[str, int] = {}
+
+    @property
+    def fds(self) -> set[int]:
+        """What ``open`` needs."""
+        return {self.fd, *self._tops.values()}
 
     def names(self, path: object, top: str, depth: int) -> tuple[str, ...]:
         """The ``depth`` names below ``top`` of an absolute path. Raises Refusal if it is any other path."""
@@ -56,20 +66,26 @@ class StateDirectory:
 
     def open(self, *names: str) -> int:
         """A descriptor of the directory, reached through no symlink. Raises Refusal."""
-        at = self.fd
-        for name in names:
-            try:
+        at = kept = self._tops.get(names[0], -1)
+        left = names[1:]
+        if kept < 0:
+            at, left = self.fd, names
+        try:
+            for name in left:
                 below = os.open(name, _DIRECTORY, dir_fd=at)
-            except OSError as error:
-                raise Refusal("policy", f"{'/'.join(names)}: {name}: {error.strerror}") from error
-            finally:
-                if at != self.fd:
+                if at not in (self.fd, kept):
                     os.close(at)
-            at = below
-        return at
+                at = below
+        except OSError as error:
+            if at not in (self.fd, kept):
+                os.close(at)
+            raise Refusal("policy", f"{'/'.join(names)}: {name}: {error.strerror}") from error
+        return os.dup(at) if at == kept else at
 
     def make(self, name: str, mode: int) -> None:
-        """Makes a directory directly below, if it isn't there, and sets its mode."""
+        """Makes a directory directly below, if it isn't there, and sets its mode. From then on it is kept open."""
+        if name in self._tops:
+            os.close(self._tops.pop(name))
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, mode, dir_fd=self.fd)
         directory = self.open(name)
@@ -77,8 +93,10 @@ class StateDirectory:
             os.fchmod(directory, mode)
             if self.owner:
                 os.fchown(directory, *self.owner)
-        finally:
+        except OSError:
             os.close(directory)
+            raise
+        self._tops[name] = directory
 
     def create(self, directory: int, name: str, flags: int = os.O_WRONLY) -> int:
         """A new file, the daemon's to read. Raises FileExistsError."""
@@ -88,9 +106,7 @@ class StateDirectory:
         return fd
 
     def claim(self, directory: int) -> None:
-        """Makes ``claim``, which must not be there. Raises FileExistsError."""
-        if exists(directory, "claim"):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), "claim")
+        """Makes ``claim``, which is not there: the caller has looked."""
         try:
             # That of a run before. This process alone claims, so nobody comes between.
             os.rename(".claim.tmp", "claim", src_dir_fd=directory, dst_dir_fd=directory)
@@ -143,7 +159,7 @@ class PromisedFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._name)
 
     def write(self, value: Mapping[str, Any]) -> None:
-        self.write_bytes(json.dumps(value, separators=(",", ":")).encode())
+        self.write_bytes(to_json(value).encode())
 
     def write_bytes(self, text: bytes) -> None:
         data = text.ljust(max(self._size, self._before))

@@ -92,6 +92,7 @@ class Host:
             raise Refusal("failed", "the shepherd is ending")
         self.fence.check_start()
         step = self._admit(place)
+        self.trees.begin(step.spec.workspace[0])
         try:
             self.state.claim(place.directory)
         except OSError as error:
@@ -227,6 +228,9 @@ class Host:
 
         A job that forks as fast as they are reaped must not keep this from killing it: the rest comes in the next turn.
         """
+        if self.launcher.has_died:
+            # Before its children: what it said of them last tells whose they are.
+            self.launcher.ended()
         for _ in range(_REAP_TURN):
             try:
                 info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -241,8 +245,6 @@ class Host:
             if step is not None:
                 del self._mains[info.si_pid]
                 step.reaped()
-            elif info.si_pid == self.launcher.pid:
-                self.launcher.ended()
             else:
                 self.trees.worker_ended(info.si_pid)
         else:

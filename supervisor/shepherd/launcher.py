@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from supervisor.shepherd import kill, linux
+from supervisor.shepherd import linux
 from supervisor.shepherd.files import Refusal, StateDirectory, say
 from supervisor.shepherd.loop import Loop, now
 from supervisor.shepherd.output import FIFOS
@@ -37,10 +37,7 @@ _LOOK = 1.0
 
 @dataclass(frozen=True)
 class Spawned:
-    """``start_time``: field 22 of /proc/pid/stat."""
-
     pid: int
-    start_time: int
 
 
 Outcome = Spawned | CantExecute | OSError | None
@@ -75,9 +72,14 @@ class Launcher:
     def reap(self, pid: int) -> None:
         self._send("reap", pid)
 
+    @property
+    def has_died(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def ended(self) -> None:
-        """It was reaped: what it has said still counts, and another one takes its place."""
+        """Reaps it. What it has said still counts, and another one takes its place."""
         say(f"launcher {self.pid} is gone: making another one")
+        os.waitpid(self.pid, 0)
         self._read()
         self._loop.unwatch(self._link.fileno())
         self._link.close()
@@ -196,7 +198,7 @@ def _run(link: socket.socket, state: StateDirectory, files: tuple[int, int], she
         linux.die_with_parent(signal.SIGKILL)
         linux.name_process("bsup-launcher")
         if os.getppid() == shepherd:
-            _close_all_but({0, 1, 2, link.fileno(), state.fd})
+            _close_all_but({0, 1, 2, link.fileno(), *state.fds})
             _Side(link, state, files).run()
     except BaseException:
         traceback.print_exc()
@@ -251,7 +253,7 @@ class _Side:
             handle = os.pidfd_open(pid)
             self._children[handle] = pid
             self._ready.register(handle, select.EPOLLIN)
-            self._send("spawned", number, pid, kill.start_time(pid))
+            self._send("spawned", number, pid)
         finally:
             for fd in made:
                 os.close(fd)

@@ -7,10 +7,9 @@ timeout doesn't, so a wait lasts a second at most while there is a timer.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import os
-import selectors
+import select
 import signal
 import time
 import traceback
@@ -31,7 +30,8 @@ class Loop:
     descriptor; the other jobs go on."""
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._watched: dict[int, tuple[int, Callable[[], object]]] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timers_made = 0
         self._soon: list[Callable[[], None]] = []
@@ -42,17 +42,20 @@ class Loop:
         self.running = True
         self.watch(self._wake_read, self._on_signal)
 
-    def watch(self, fd: int, call: Callable[[], None], *, write: bool = False) -> None:
+    def watch(self, fd: int, call: Callable[[], object], *, write: bool = False) -> None:
         """Calls when ``fd`` can be read (and, with ``write``, when it can be written). Watching again changes it."""
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if write else 0)
-        try:
-            self._selector.modify(fd, events, call)
-        except KeyError:
-            self._selector.register(fd, events, call)
+        events = select.EPOLLIN | (select.EPOLLOUT if write else 0)
+        before = self._watched.get(fd)
+        if before is None:
+            self._epoll.register(fd, events)
+        elif before[0] != events:
+            self._epoll.modify(fd, events)
+        self._watched[fd] = events, call
 
     def unwatch(self, fd: int) -> None:
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(fd)
+        """Before it is closed: what another process holds too would be told of for ever."""
+        if self._watched.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
 
     def at(self, when: float, call: Callable[[], None]) -> None:
         """Calls once at ``when``. There is no cancelling: callers look whether it still matters."""
@@ -74,20 +77,21 @@ class Loop:
 
     def close(self) -> None:
         signal.set_wakeup_fd(-1)
-        self._selector.close()
+        self._epoll.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
 
     def _pass(self) -> None:
-        wait: float | None = None
+        wait = -1.0
         if self._soon:
             wait = 0.0
         elif self._timers:
             wait = min(max(0.0, self._timers[0][0] - now()), _LONGEST_WAIT)
-        for key, _ in self._selector.select(wait):
-            # A callback before this one may have closed the descriptor, and another may have got its number since.
-            if self._selector.get_map().get(key.fd) is key and not _guarded(key.data):
-                self.unwatch(key.fd)
+        ready = [(fd, self._watched[fd]) for fd, _ in self._epoll.poll(wait)]
+        for fd, watched in ready:
+            # One before it may have closed the descriptor, and another may have got its number since.
+            if self._watched.get(fd) is watched and not _guarded(watched[1]):
+                self.unwatch(fd)
         at = now()
         while self._timers and self._timers[0][0] <= at:
             _guarded(heapq.heappop(self._timers)[2])
@@ -116,7 +120,7 @@ class Loop:
                 _guarded(call)
 
 
-def _guarded(call: Callable[[], None]) -> bool:
+def _guarded(call: Callable[[], object]) -> bool:
     try:
         call()
     except Exception:

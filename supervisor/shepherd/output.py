@@ -20,6 +20,7 @@ import select
 import stat
 import struct
 import time
+from collections.abc import Callable
 
 from supervisor.shepherd.files import StateDirectory, say
 
@@ -37,7 +38,7 @@ _NOW = os.SPLICE_F_NONBLOCK
 class Channel:
     """One stream. ``fifo`` is None once every writer has closed it; ``size`` bytes are kept, ``dropped`` were not.
 
-    ``file`` is None until there are bytes.
+    ``file`` is None until there are bytes. ``before_close`` is called with the FIFO.
     """
 
     def __init__(self, number: int, fifo: int, file: int | None = None) -> None:
@@ -46,6 +47,7 @@ class Channel:
         self.file = file
         self.size = 0 if file is None else os.fstat(file).st_size
         self.dropped = 0
+        self.before_close: Callable[[int], None] | None = None
         self._is_wide = False
 
     def widen(self) -> None:
@@ -58,6 +60,8 @@ class Channel:
 
     def close_fifo(self) -> None:
         if self.fifo is not None:
+            if self.before_close is not None:
+                self.before_close(self.fifo)
             os.close(self.fifo)
             self.fifo = None
 
@@ -88,13 +92,16 @@ class Output:
         opened: list[int] = []
         try:
             for fifo in FIFOS:
-                _make_fifo(directory, fifo)
                 # The reading end first: it needs no writer, and it is open before there can be one.
-                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
-                opened.append(os.open(fifo, flags, dir_fd=directory))
+                opened.append(_open_fifo(directory, fifo))
                 # One of a run before may have another owner, and what mode that liked.
-                os.fchmod(opened[-1], 0o600)
-                os.fchown(opened[-1], os.geteuid() if reader is None else reader, -1)
+                found, owner = os.fstat(opened[-1]), os.geteuid() if reader is None else reader
+                if not stat.S_ISFIFO(found.st_mode):
+                    raise FileExistsError(errno.EEXIST, "is there and no FIFO", fifo)
+                if stat.S_IMODE(found.st_mode) != 0o600:
+                    os.fchmod(opened[-1], 0o600)
+                if found.st_uid != owner:
+                    os.fchown(opened[-1], owner, -1)
             return cls(state, directory, Channel(1, opened[0]), Channel(2, opened[1]), limit)
         except OSError:
             for fd in opened:
@@ -139,6 +146,8 @@ class Output:
 
     def pump(self, channel: Channel, turn: int = _TURN) -> bool:
         """Moves what is there, ``turn`` bytes or a little more at most; False: it is empty or closed now."""
+        if channel.fifo is None:
+            return False
         moved = 0
         before = channel.size
         more = True
@@ -270,13 +279,14 @@ class Output:
                 self._say(channel.size, channel.number)
 
 
-def _make_fifo(directory: int, name: str) -> None:
+def _open_fifo(directory: int, name: str) -> int:
     """Takes one over that is there and was found free (``spares``)."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
+        return os.open(name, flags, dir_fd=directory)
+    except FileNotFoundError:
         os.mkfifo(name, 0o600, dir_fd=directory)
-    except FileExistsError:
-        if not stat.S_ISFIFO(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
-            raise
+        return os.open(name, flags, dir_fd=directory)
 
 
 def _has_bytes(fifo: int) -> bool:

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from supervisor.shepherd.files import Refusal, say
+from supervisor.shepherd.files import Refusal, say, to_json
 from supervisor.shepherd.host import Host
 from supervisor.shepherd.loop import Loop, now
 from supervisor.shepherd.spec import seconds
@@ -286,4 +286,4 @@ class _Connection:
 
 
 def _encode(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+    return to_json(value).encode() + b"\n"

@@ -4,7 +4,7 @@ What is made costs an inode that must be found: on ext4 without a journal that t
 deleted in the last minutes, up to half a millisecond, and a dozen of them make a run. So a run's directory with what
 every run has (its files under the names they are written by before they are renamed, its FIFOs), and a workspace that
 is empty again, are moved to ``spare/`` instead of being removed, and back again under another lease. Each leaves its
-place in one move, before anything of it is undone, and only one that was undone wholly is ever taken.
+place in one move, before anything of it is undone, and only one that this process undid wholly is ever taken.
 
 Nothing of one job reaches the next. FIFOs are kept only if nobody holds them any more: a process to whom a job handed
 one would read what the next job writes. A workspace is kept only if it is as it was made: no entry, mode, attribute or
@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import time
 
 from supervisor.shepherd import linux
 from supervisor.shepherd.files import Refusal, StateDirectory, TooLarge, remove_tree, say
@@ -31,6 +32,8 @@ _LARGEST_SPEC = 16 << 10
 _STEP = "0"
 _KEPT = ("claim", "started", "exit", "closed")
 _SECRET = "spec"
+_SETTLED = 20_000_000
+"""Nanoseconds after which a change has another stamp: the tick of a file system's clock is 10 ms at most."""
 
 
 class _Spares:
@@ -40,33 +43,29 @@ class _Spares:
     prefix: str
 
     def __init__(self, state: StateDirectory) -> None:
-        """Removes what a shepherd before left half undone."""
+        """Removes what a shepherd before left: nobody knows whether it was undone wholly."""
         self._state = state
         state.make(SPARE, 0o700)
         self._directory = state.open(SPARE)
         self._made = 0
         self._names: list[str] = []
         for name in os.listdir(self._directory):
-            if name.startswith("."):
+            if name.startswith((self.prefix, ".")):
                 remove_tree(self._directory, name)
-            elif name.startswith(self.prefix):
-                self._names.append(name)
 
     def keep(self, name: str) -> bool:
         """Undoes what has this name, and keeps it; False: it is to be removed, as there is more to it."""
         if len(self._names) >= _MOST:
             return False
         self._made += 1
-        spare = f"{self.prefix}{os.getpid()}-{self._made}"
-        undone = f".{spare}"
+        spare = f"{self.prefix}{self._made}"
         place = self._state.open(self.top)
         try:
-            os.rename(name, undone, src_dir_fd=place, dst_dir_fd=self._directory)
+            os.rename(name, spare, src_dir_fd=place, dst_dir_fd=self._directory)
             try:
-                self._undo(undone)
-                os.rename(undone, spare, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+                self._undo(spare)
             except (OSError, Refusal, TooLarge):
-                os.rename(undone, name, src_dir_fd=self._directory, dst_dir_fd=place)
+                os.rename(spare, name, src_dir_fd=self._directory, dst_dir_fd=place)
                 return False
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
@@ -94,7 +93,36 @@ class SpareWorkspaces(_Spares):
     top = "work"
     prefix = "w"
 
+    def __init__(self, state: StateDirectory) -> None:
+        super().__init__(state)
+        self._given: dict[str, list[int]] = {}
+        self._is_as_given = False
+
+    def note(self, name: str, workspace: int) -> None:
+        """It is as it is to be kept."""
+        self._given[name] = _changed(workspace)
+
+    def begin(self, name: str) -> None:
+        """Something of its job is about to start. What it changes has a later stamp, if a tick of the clock is past."""
+        given = self._given.get(name)
+        if given is not None and time.time_ns() - max(given) < _SETTLED:
+            del self._given[name]
+
+    def keep(self, name: str) -> bool:
+        given = self._given.pop(name, None)
+        self._is_as_given = False
+        if given is not None:
+            with contextlib.suppress(Refusal, OSError):
+                workspace = self._state.open(self.top, name)
+                try:
+                    self._is_as_given = _changed(workspace) == given
+                finally:
+                    os.close(workspace)
+        return super().keep(name)
+
     def _undo(self, name: str) -> None:
+        if self._is_as_given:
+            return
         plain = linux.inode_flags(self._directory)
         top = self._state.open(SPARE, name)
         try:
@@ -152,6 +180,13 @@ class SpareRuns(_Spares):
                     os.unlink(entry, dir_fd=step)
             elif entry not in _TEMPORARIES:
                 remove_tree(step, entry, _ENTRIES)
+
+
+def _changed(workspace: int) -> list[int]:
+    """When its entries, mode, attributes or flags were changed last, and those of its parts. Nobody can set these."""
+    return [os.stat(part, dir_fd=workspace, follow_symlinks=False).st_ctime_ns for part in PARTS] + [
+        os.fstat(workspace).st_ctime_ns
+    ]
 
 
 def _temporary(name: str) -> str:

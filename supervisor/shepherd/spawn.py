@@ -113,8 +113,16 @@ class Spawner:
                 raise _refused(command, error) from error
             except ValueError as error:
                 raise CantExecute(_NOT_EXECUTABLE, f"{command}: {error}") from error
+        directories = environment.get("PATH", os.defpath).split(":")
+        for directory in directories:
+            path = f"{directory}/{command}"
+            if directory and os.access(path, os.X_OK):
+                with contextlib.suppress(OSError):
+                    return self._spawn(path, argv, environment, out, err)
+                break
+        # Why not is for the long way to say.
         problem: OSError | None = None
-        for directory in environment.get("PATH", os.defpath).split(":"):
+        for directory in directories:
             path = os.path.join(directory, command)
             try:
                 os.stat(path)  # an exec in vain costs more than this

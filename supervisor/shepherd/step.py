@@ -20,7 +20,7 @@ from supervisor.shepherd import kill
 from supervisor.shepherd.files import PromisedFile, Refusal, StateDirectory, say
 from supervisor.shepherd.launcher import Launcher, Outcome, Spawned
 from supervisor.shepherd.loop import Loop, now
-from supervisor.shepherd.output import FIFOS, Channel, Output
+from supervisor.shepherd.output import FIFOS, Output
 from supervisor.shepherd.spawn import CantExecute, Order
 from supervisor.shepherd.spec import StepSpec
 
@@ -160,7 +160,7 @@ class Step:
             self._ground.loop.at(at + self.spec.timeout, self._on_timeout)
         started = {
             "pid": spawned.pid,
-            "start_time": spawned.start_time,
+            "start_time": kill.start_time(spawned.pid),
             "boot_id": self._ground.boot_id,
             "at": self.started_at,
             "at_boot": at,
@@ -202,13 +202,8 @@ class Step:
     def _watch(self) -> None:
         for channel in self._output.channels:
             if channel.fifo is not None:
-                self._ground.loop.watch(channel.fifo, functools.partial(self._on_output, channel))
-
-    def _on_output(self, channel: Channel) -> None:
-        fifo = channel.fifo
-        self._output.pump(channel)
-        if channel.fifo is None and fifo is not None:
-            self._ground.loop.unwatch(fifo)
+                self._ground.loop.watch(channel.fifo, functools.partial(self._output.pump, channel))
+                channel.before_close = self._ground.loop.unwatch
 
     # --- being ended ---
 
@@ -270,7 +265,7 @@ class Step:
     def exited(self, code: int, status: int) -> None:
         """The main process is dead, as ``waitid`` says it, and not yet reaped: takes what it wrote, and writes down how
         it ended."""
-        self._drain()
+        self._output.drain()
         ended_itself = code == os.CLD_EXITED
         self._exit = {
             "exit_code": status if ended_itself else None,
@@ -294,7 +289,7 @@ class Step:
         remains = self._ground.orphans_of(self)
         if remains:
             self._signal(_KILL)
-        self._drain()
+        self._output.drain()
         late = now() >= self._closing_since + _CLOSING_TIME
         if (remains or self._output.is_open) and not late:
             self._try_again(self._retry)
@@ -304,9 +299,6 @@ class Step:
             self._try_again(_DISK_RETRY)
             return
         self._closing_since = None
-        for channel in self._output.channels:
-            if channel.fifo is not None:
-                self._ground.loop.unwatch(channel.fifo)
         self._output.close()
         os.close(self.place.directory)
         self._ground.tell("closed", self)
@@ -320,13 +312,6 @@ class Step:
     def _on_retry(self) -> None:
         self._retry_set = False
         self.close()
-
-    def _drain(self) -> None:
-        fifos = [channel.fifo for channel in self._output.channels]
-        self._output.drain()
-        for fifo, channel in zip(fifos, self._output.channels, strict=True):
-            if fifo is not None and channel.fifo is None:
-                self._ground.loop.unwatch(fifo)
 
     def _write_exit(self) -> bool:
         """True when it is on disk (or never to be). A disk that refuses is asked again before ``closed`` is written."""

@@ -106,7 +106,7 @@ def _read(state: StateDirectory, path: str, directory: int, policy: Policy, by_u
 def _alive(left: list[_Left]) -> set[int]:
     uids = {each.uid for each in left if each.uid is not None}
     tokens = {each.token for each in left if each.token}
-    leaders = {each.pid for each in left if each.pid}
+    leaders = {each.pid for each in left if each.pid and not _is_anothers(each)}
     known = {(each.pid, each.start_time) for each in left}
     found = set()
     for pid in kill.processes():
@@ -124,6 +124,12 @@ def _alive(left: list[_Left]) -> set[int]:
         ):
             found |= kill.tree({pid})
     return found - {os.getpid()}
+
+
+def _is_anothers(each: _Left) -> bool:
+    """Whether its pid is that of another process by now: then its session has no members any more."""
+    fields = kill.stat(each.pid)
+    return bool(fields) and int(fields[19]) != each.start_time
 
 
 def _take_output(left: list[_Left]) -> None:

@@ -79,9 +79,9 @@ class Trees:
         ):
             raise Refusal("spec", "files: must be the texts of spec files, by name")
         try:
-            directory = self._run_directory(run)
+            directory, is_new = self._run_directory(run)
             try:
-                if not exists(directory, "spec"):
+                if is_new or not exists(directory, "spec"):
                     for name in sorted(files, key="spec".__eq__):
                         self._write(directory, name, files[name].encode())
             finally:
@@ -92,12 +92,13 @@ class Trees:
             raise Refusal("spec", f"files: {error}") from error
         self.make_workspace(workspace, uid)
 
-    def _run_directory(self, run: str) -> int:
+    def _run_directory(self, run: str) -> tuple[int, bool]:
         runs = self._state.open("runs")
         try:
-            if not exists(runs, run) and not self._spare_runs.take(runs, run):
+            is_new = not exists(runs, run)
+            if is_new and not self._spare_runs.take(runs, run):
                 self._make(runs, run, self.policy.owner)
-            return os.open(run, _DIRECTORY, dir_fd=runs)
+            return os.open(run, _DIRECTORY, dir_fd=runs), is_new
         finally:
             os.close(runs)
 
@@ -115,6 +116,10 @@ class Trees:
             if directory != run:
                 os.close(directory)
 
+    def begin(self, workspace: str) -> None:
+        """Something of a job is about to start in it."""
+        self._spare_workspaces.begin(workspace)
+
     def make_workspace(self, path: object, uid: object) -> None:
         """Idempotent. Raises Refusal."""
         (name,) = self._state.names(path, "work", 1)
@@ -131,6 +136,7 @@ class Trees:
             try:
                 if is_spare:
                     _chown(within, *(owner or (os.geteuid(), os.getegid())))
+                    self._spare_workspaces.note(name, within)
                 for part in () if is_spare else PARTS:
                     self._make(within, part, owner)
             finally:
