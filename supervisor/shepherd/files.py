@@ -106,7 +106,9 @@ class StateDirectory:
         return fd
 
     def claim(self, directory: int) -> None:
-        """Makes ``claim``, which is not there: the caller has looked."""
+        """Makes ``claim``, which must not be there. Raises FileExistsError."""
+        if exists(directory, "claim"):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), "claim")
         try:
             # That of a run before. This process alone claims, so nobody comes between.
             os.rename(".claim.tmp", "claim", src_dir_fd=directory, dst_dir_fd=directory)
