@@ -375,8 +375,7 @@ class JobActor:
                 log.warning("job %s: could not be taken up, trying again: %s", self.lease.job, error)
                 await asyncio.sleep(patience(tries, self._rng))
             else:
-                begun = min((step.started_at for step in taken if step.started_at is not None), default=None)
-                elapsed = 0.0 if begun is None else max(0.0, (datetime.now(UTC) - begun).total_seconds())
+                elapsed = max((step.age for step in taken if step.age is not None), default=0.0)
                 self._tell_self(Adopted(plan, tuple(taken), elapsed, self._start_mode.rebooted))
                 return
 

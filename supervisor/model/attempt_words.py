@@ -49,11 +49,15 @@ class StepEnd(msgspec.Struct, frozen=True):
 
 
 class StepTaken(msgspec.Struct, frozen=True):
-    """What a restarted daemon finds on disk of a step: ended (``end``), or started and still with the shepherd."""
+    """What a restarted daemon finds on disk of a step: ended (``end``), or started and still with the shepherd.
+
+    ``started_at`` is for people. ``age``: seconds since it was started, by a clock that nobody sets; None: not known.
+    """
 
     index: int
     started_at: datetime | None
     end: StepEnd | None
+    age: float | None = None
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -105,16 +106,16 @@ def write_step(step_dir: Path, spec: StepFile) -> None:
 
 
 def read_started(step_dir: Path) -> Started | None:
-    return _read(step_dir / "started", Started)
+    return _read(f"{step_dir}/started", Started)
 
 
 def read_exit(step_dir: Path) -> Exit | None:
     """The exit record; None while the main process runs, or for ever if ``read_closed`` says ``gone``."""
-    return _read(step_dir / "exit", Exit)
+    return _read(f"{step_dir}/exit", Exit)
 
 
 def read_closed(step_dir: Path) -> Closed | None:
-    return _read(step_dir / "closed", Closed)
+    return _read(f"{step_dir}/closed", Closed)
 
 
 def is_there(run_dir: Path) -> bool:
@@ -124,7 +125,7 @@ def is_there(run_dir: Path) -> bool:
 
 def is_claimed(step_dir: Path) -> bool:
     """Whether the shepherd ever took the step: it may have run."""
-    return (step_dir / "claim").exists()
+    return os.path.exists(f"{step_dir}/claim")
 
 
 def is_exited(step_dir: Path) -> bool:
@@ -139,7 +140,7 @@ def is_exited(step_dir: Path) -> bool:
 
 def is_closed(step_dir: Path) -> bool:
     """Whether nothing of the step runs any more and all of its output is in the files."""
-    return (step_dir / "closed").exists()
+    return os.path.exists(f"{step_dir}/closed")
 
 
 def write_json_atomic(path: Path, value: Any, *, durable: bool = False, mode: int = 0o600) -> None:
@@ -180,6 +181,16 @@ def is_running(started: Started) -> bool:
     return int(fields[19]) == started.start_time and fields[0] not in (b"Z", b"X")
 
 
+def age(step_dir: Path) -> float | None:
+    """Seconds since the step was started, by the boot-time clock, which nobody sets; None: not known, or before this
+    boot."""
+    with contextlib.suppress(RunnerError):
+        started = read_started(step_dir)
+        if started is not None and started.boot_id == boot_id():
+            return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started.at_boot)
+    return None
+
+
 def own_start_time() -> int:
     """This process's, as ``Started.start_time``."""
     return int(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[19])
@@ -190,9 +201,10 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
-def _read(path: Path, kind: type[F]) -> F | None:
+def _read(path: str, kind: type[F]) -> F | None:
     try:
-        data = path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            data = file.readall()
     except FileNotFoundError:
         return None
     except OSError as error:

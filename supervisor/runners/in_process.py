@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -52,7 +53,7 @@ _ASKED = msgspec.json.Decoder(_Asked)
 class _Run:
     """One attempt here. ``task``: the one that its handler runs in, while it does."""
 
-    __slots__ = ("end", "handler", "job", "lease", "plan", "started_at", "stopped", "task", "tell")
+    __slots__ = ("began", "end", "handler", "job", "lease", "plan", "started_at", "stopped", "task", "tell")
 
     def __init__(self, lease: Lease, handler: Handler, job: InProcessJob, plan: Plan) -> None:
         self.lease = lease
@@ -62,6 +63,8 @@ class _Run:
         self.tell: Callable[[StepEnd], None] | None = None
         self.task: asyncio.Task[None] | None = None
         self.started_at: datetime | None = None
+        self.began = 0.0
+        """Monotonic time."""
         self.stopped = False
         self.end: StepEnd | None = None
 
@@ -153,7 +156,7 @@ class InProcessRunner:
         if run.started_at is None:
             return []
         run.tell = tell
-        return [StepTaken(0, run.started_at, run.end)]
+        return [StepTaken(0, run.started_at, run.end, time.monotonic() - run.began)]
 
     async def stop(self, lease: LeaseId, grace: float, kill: bool) -> None:
         run = self._runs.get(lease)
@@ -189,7 +192,7 @@ class InProcessRunner:
     def _begin(self, run: _Run) -> datetime:
         assert self._workers is not None
         self._live += 1
-        run.started_at = datetime.now(UTC)
+        run.started_at, run.began = datetime.now(UTC), time.monotonic()
         self._workers.submit(partial(self._work, run))
         return run.started_at
 

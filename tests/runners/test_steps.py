@@ -281,6 +281,7 @@ async def test_a_new_daemon_takes_up_what_runs(bench: Bench) -> None:
     assert [(step.index, step.end is not None) for step in taken] == [(0, True), (1, False)]
     assert taken[0].end == ends.told[0]
     assert taken[1].started_at == started
+    assert taken[0].age is not None and taken[1].age is not None and 0.0 < taken[1].age < taken[0].age
     (bench.workspace(lease) / "go").touch()
     assert (await later.of(1)).exit_code == 7
     assert len(ends.told) == 1
