@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -73,6 +74,24 @@ def test_damaged_files_of_a_step_keep_no_shepherd_from_beginning(unchecked: Yard
     kill_shepherd(unchecked)
     unchecked.launch()
     assert all(Ended(step).closed["gone"] for step in steps)
+
+
+def test_a_pid_that_is_another_process_now_is_not_touched(unchecked: Yard) -> None:
+    """Nor is its session, which has the same number: so has every job's."""
+    unchecked.workspace()
+    step = unchecked.write_step("true")
+    (step / "claim").touch()
+    (step / "idx").touch()
+    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as other:
+        try:
+            started = {"pid": other.pid, "start_time": 1, "boot_id": boot_id()}
+            (step / "started").write_text(json.dumps(started))
+            kill_shepherd(unchecked)
+            unchecked.launch()
+            assert Ended(step).closed["gone"] is True
+            assert is_alive(other.pid)
+        finally:
+            other.kill()
 
 
 def test_output_that_was_not_yet_indexed_is(unchecked: Yard) -> None:
