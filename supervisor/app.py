@@ -65,8 +65,8 @@ class PreparedStore(PgStore):
     answers.
     """
 
-    def __init__(self, dsn: str, *, migrate: bool, connect_timeout: float) -> None:
-        super().__init__(dsn, application_name="bsup", connect_timeout=connect_timeout)
+    def __init__(self, dsn: str, *, listen_dsn: str | None, migrate: bool, connect_timeout: float) -> None:
+        super().__init__(dsn, listen_dsn=listen_dsn, application_name="bsup", connect_timeout=connect_timeout)
         self._dsn = dsn
         self._migrate = migrate
         self._connect_timeout = connect_timeout
@@ -122,8 +122,10 @@ def host_secrets(settings: Settings, environ: Mapping[str, str]) -> dict[str, st
                 found[f"values_file:{number}"] = line
     for number, one in enumerate(settings.git.credentials):
         found[f"git:{one.url}"] = _read(f"git.credentials[{number}].password_file", one.password_file).strip()
-    if settings.database.dsn != "embedded" and (password := parse(settings.database.dsn).password):
-        found["database"] = password
+    for field in ("dsn", "listen_dsn"):
+        dsn = getattr(settings.database, field)
+        if dsn not in ("embedded", "") and (password := parse(dsn, f"database.{field}").password):
+            found[f"database.{field}"] = password
     return found
 
 
@@ -216,7 +218,12 @@ class _Daemon:
         self._runner = StepsRunner(
             self._state, client, steps_settings(settings), uid_base=settings.jobs.uid_base, uid_count=uids
         )
-        store = PreparedStore(dsn, migrate=settings.database.migrate, connect_timeout=settings.database.connect_timeout)
+        store = PreparedStore(
+            dsn,
+            listen_dsn=settings.database.listen_dsn or None,
+            migrate=settings.database.migrate,
+            connect_timeout=settings.database.connect_timeout,
+        )
         book = LogBook(
             self._state,
             store,

@@ -49,9 +49,9 @@ def _show(args: Namespace, terminal: Terminal) -> int:
     from supervisor.store.dsn import safe_dsn
 
     settings = load(args)
-    if settings.database.dsn != "embedded":
-        database = msgspec.structs.replace(settings.database, dsn=safe_dsn(settings.database.dsn))
-        settings = msgspec.structs.replace(settings, database=database)
+    dsns = {"dsn": settings.database.dsn, "listen_dsn": settings.database.listen_dsn}
+    shown = {key: safe_dsn(dsn) for key, dsn in dsns.items() if dsn not in ("embedded", "")}
+    settings = msgspec.structs.replace(settings, database=msgspec.structs.replace(settings.database, **shown))
     if terminal.json:
         terminal.object(msgspec.to_builtins(settings))
         return Exit.OK

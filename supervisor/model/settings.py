@@ -79,7 +79,7 @@ class Host(Section, frozen=True):
 
 
 class Database(Section, frozen=True):
-    """Where the jobs are. ``embedded`` runs PostgreSQL below the state directory."""
+    """Where the jobs are. ``embedded`` runs PostgreSQL below the state directory. Empty ``listen_dsn`` is ``dsn``."""
 
     dsn: Annotated[
         str,
@@ -88,6 +88,9 @@ class Database(Section, frozen=True):
             secret=True,
         ),
     ] = "embedded"
+    listen_dsn: Annotated[
+        str, Key('"auto" (database.dsn), or a libpq DSN of the same database', words=(("auto", ""),), secret=True)
+    ] = ""
     migrate: Annotated[bool, Key("true or false")] = True
     connect_timeout: Annotated[float, _duration('a duration of "1s" to "5m"', 1.0, 300.0)] = 10.0
     poll: Annotated[float, _duration('a duration of "50ms" to "1m"', 0.05, 60.0)] = 1.0

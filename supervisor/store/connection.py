@@ -20,7 +20,8 @@ import msgspec
 from supervisor.model.errors import BsupError, StoreUnavailable
 from supervisor.ports import StoreHealth
 from supervisor.store import dsn as dsns
-from supervisor.store.faults import FAULTS, breaks_connection, translate
+from supervisor.store.faults import FAULTS, breaks_connection, is_of_a_pooler, translate
+from supervisor.store.liveness import liveness
 from supervisor.store.statements import STATEMENTS
 
 log = logging.getLogger("supervisor.store")
@@ -81,7 +82,12 @@ class Health:
 
 
 class Connector:
-    """Opens connections to the DSN's servers. Raises StoreUnavailable, or InvalidInput for a DSN that can't be read."""
+    """Opens connections to the DSN's servers. Raises StoreUnavailable, or InvalidInput for a DSN that can't be read.
+
+    Behind a pooler (PgBouncer in transaction mode) each statement may run in another session of the server: nothing is
+    prepared there by name, and no setting is made, which the next client would inherit. ``is_pooled`` is known once a
+    connection was made.
+    """
 
     def __init__(self, dsn: str, *, application_name: str, connect_timeout: float, statement_timeout: float) -> None:
         self._dsn = dsns.parse(dsn)
@@ -94,6 +100,9 @@ class Connector:
             # Plans here are short; an estimate that is off must not start a compiler.
             "jit": "off",
         }
+        self._liveness = liveness(self._dsn.options)
+        self._settings |= self._liveness.settings()
+        self.is_pooled = False
         # The host that answered last is asked first.
         self._urls = self._one_by_one()
 
@@ -118,22 +127,40 @@ class Connector:
         raise StoreUnavailable("; ".join(dict.fromkeys(problems)))
 
     async def _connect(self, url: str, settings: Mapping[str, str]) -> Connection:
-        try:
-            return await self._open(url, {**self._settings, **settings} if self._settings else {})
-        except asyncpg.PostgresError as error:
-            # PgBouncer refuses settings that it does not track; then only the client keeps time.
-            if not self._settings or error.sqlstate not in ("08P01", "42704") or "startup parameter" not in str(error):
-                raise
-        connection = await self._open(url, {})
-        self._settings = {}
-        return connection
+        if not self.is_pooled:
+            try:
+                connection = await self._open(url, {**self._settings, **settings})
+            except asyncpg.PostgresError as error:
+                if not is_of_a_pooler(error):
+                    raise
+            else:
+                if await self._is_direct(connection):
+                    return connection
+                await hang_up(connection)
+            log.info("a pooler stands before the database: nothing is prepared, and only this end keeps time")
+            self.is_pooled = True
+        return await self._open(url, {}, statement_cache_size=0)
 
-    async def _open(self, url: str, settings: dict[str, str]) -> Connection:
-        return await asyncpg.connect(
+    async def _open(self, url: str, settings: dict[str, str], **options: Any) -> Connection:
+        connection: Connection = await asyncpg.connect(
             url,
             timeout=self._connect_timeout,
             server_settings={"application_name": self._application_name, **settings},
+            **options,
         )
+        self._liveness.set_on(connection._transport)  # type: ignore[attr-defined]  # no public way leads to the socket
+        return connection
+
+    async def _is_direct(self, connection: Connection) -> bool:
+        """Whether it is the server itself that was connected to: a pooler gives out process ids of its own making."""
+        pid = connection.get_server_pid()
+        try:
+            # In the simple protocol, which leaves nothing behind.
+            told = await connection.execute(f"SELECT WHERE pg_backend_pid() = {pid}", timeout=self._connect_timeout)
+        except BaseException:
+            connection.terminate()
+            raise
+        return told == "SELECT 1"
 
 
 class Link:

@@ -39,7 +39,8 @@ KEPT = frozenset(
         "client_encoding",
     }
 )
-# Known to libpq; asyncpg has no use for them. ``connect_timeout`` is honoured by whoever connects.
+# Known to libpq; asyncpg has no use for them. ``connect_timeout`` and those of ``liveness`` are honoured by whoever
+# connects.
 DROPPED = frozenset(
     {
         "connect_timeout",
@@ -67,6 +68,14 @@ UNENFORCED = {
     "require_auth": (),
     "requirepeer": (),
     "sslcrldir": (),
+}
+NUMBERS = {
+    "connect_timeout": "whole seconds",
+    "keepalives": "0 or 1",
+    "keepalives_idle": "whole seconds",
+    "keepalives_interval": "whole seconds",
+    "keepalives_count": "a whole number",
+    "tcp_user_timeout": "whole milliseconds",
 }
 SYNONYMS = {"database": "dbname", "username": "user"}
 
@@ -134,8 +143,15 @@ class Dsn(msgspec.Struct, frozen=True):
         return f"{url}?{tail}" if tail else url
 
 
-def parse(text: str) -> Dsn:
-    """Takes a DSN apart. Raises InvalidInput, which never holds a password."""
+def parse(text: str, field: str = FIELD) -> Dsn:
+    """Takes a DSN apart. Raises InvalidInput, which names ``field`` and never holds a password."""
+    try:
+        return _parse(text)
+    except InvalidInput as error:
+        raise InvalidInput(field, error.problem, error.allowed) from None
+
+
+def _parse(text: str) -> Dsn:
     stripped = text.strip()
     values = _from_url(stripped) if stripped.startswith(("postgresql://", "postgres://")) else _from_words(stripped)
     for keyword, harmless in UNENFORCED.items():
@@ -148,9 +164,10 @@ def parse(text: str) -> Dsn:
     attrs = options.get("target_session_attrs", "any")
     if attrs not in SESSION_ATTRS:
         raise InvalidInput(FIELD, f"target_session_attrs={attrs!r}", ", ".join(SESSION_ATTRS))
-    timeout = options.get("connect_timeout", "0")
-    if not timeout.isdigit():
-        raise InvalidInput(FIELD, f"connect_timeout={timeout!r}", "whole seconds")
+    for keyword, allowed in NUMBERS.items():
+        number = options.get(keyword, "0")
+        if not number.isascii() or not number.isdigit() or len(number) > 9:
+            raise InvalidInput(FIELD, f"{keyword}={number!r}", allowed)
     return Dsn(
         hosts=_hosts(values.get("host", ""), values.get("port", "")),
         user=values.get("user") or None,

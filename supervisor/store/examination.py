@@ -73,7 +73,12 @@ async def _ask(dsn: Dsn, host: Host | None, timeout: float) -> ServerFacts:
     address = "the default host" if host is None else str(host)
     try:
         async with asyncio.timeout(timeout):
-            connection: Any = await asyncpg.connect(one.url(), server_settings={"application_name": "bsup doctor"})
+            connection: Any = await asyncpg.connect(
+                one.url(),
+                server_settings={"application_name": "bsup doctor"},
+                # A pooler may stand before it, where what was prepared by name is another session's.
+                statement_cache_size=0,
+            )
             try:
                 return await _facts(address, connection)
             finally:

@@ -31,6 +31,7 @@ _REFUSED = (
     "42501",  # a missing grant
 )
 _NO_SCHEMA = ("3F000", "42P01", "42703", "42883")
+_CLASHES = ("42P05", "26000")
 # After these the connection itself is in order.
 _CONNECTION_LIVES = ("22", "23", "40001", "40P01", "42", "55", "57014", "BS", "P0")
 
@@ -63,6 +64,13 @@ def translate(error: BaseException, doing: str) -> BsupError:
     return BsupError(
         f"{doing}: the database refused a statement of bsup's own (SQLSTATE {state}); this is a fault of bsup"
     )
+
+
+def is_of_a_pooler(error: asyncpg.PostgresError) -> bool:
+    """Whether it tells that a pooler in transaction mode was connected to: it refuses settings that it doesn't track,
+    or a statement that was prepared by name clashes with another client's."""
+    state, message = error.sqlstate or "", str(error)
+    return state in _CLASHES or (state in ("08P01", "42704") and "startup parameter" in message)
 
 
 def breaks_connection(error: BaseException) -> bool:

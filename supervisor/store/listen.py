@@ -26,12 +26,19 @@ LONGEST_PAUSE = 5.0
 
 
 class Ear:
-    """``run`` listens until it is cancelled; ``on_wake`` callbacks are called on the event loop and must not block."""
+    """``run`` listens until it is cancelled; ``on_wake`` callbacks are called on the event loop and must not block.
 
-    def __init__(self, connector: Connector, health: Health, check_every: float = 10.0) -> None:
+    ``is_meant``: the DSN was given for listening. Any other is not listened on through a pooler: in transaction mode
+    another client's connection would hear, while the server's answers to this one may well say that it listens.
+    """
+
+    def __init__(
+        self, connector: Connector, health: Health, check_every: float = 10.0, *, is_meant: bool = False
+    ) -> None:
         self._connector = connector
         self._health = health
         self._check_every = check_every
+        self._is_meant = is_meant
         self._tell: list[Callable[[str], None]] = []
 
     def on_wake(self, tell: Callable[[str], None]) -> Callable[[], None]:
@@ -52,6 +59,9 @@ class Ear:
                 log.debug("can't listen for wake-ups: %s", error)
             else:
                 try:
+                    if self._connector.is_pooled and not self._is_meant:
+                        log.info("no wake-ups come through a pooler: polling (database.listen_dsn would bring them)")
+                        return
                     if await self._listen(connection):
                         pause = 0.1
                 finally:
@@ -79,7 +89,7 @@ class Ear:
             with anyio.move_on_after(self._check_every):
                 await ended.wait()
                 break
-            # Asks more than whether the server answers: a pooler in transaction mode forgets a LISTEN.
+            # Asks more than whether the server answers: what was meant for listening may be a pooler all the same.
             try:
                 listens = await connection.fetchval(
                     "SELECT $1 = ANY (ARRAY(SELECT pg_listening_channels()))", CHANNEL, timeout=min(timeout, 5.0)

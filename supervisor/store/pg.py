@@ -31,7 +31,8 @@ from supervisor.store.users import Users
 
 
 class PgStore(Sessions, Dispatch, Logs, Users):
-    """Use as ``async with``. ``dsn``: any that libpq takes. Timeouts in seconds, ``statement_timeout`` for each call.
+    """Use as ``async with``. ``dsn``: any that libpq takes; ``listen_dsn``: the one for wake-ups, where ``dsn`` leads
+    to a pooler. Timeouts in seconds, ``statement_timeout`` for each call.
 
     Raises InvalidInput for a DSN that can't be read.
     """
@@ -40,17 +41,21 @@ class PgStore(Sessions, Dispatch, Logs, Users):
         self,
         dsn: str,
         *,
+        listen_dsn: str | None = None,
         application_name: str = "bsup",
         connect_timeout: float = 5.0,
         statement_timeout: float = 10.0,
         check_listen_every: float = 10.0,
     ) -> None:
         self._health = Health()
-        connector = Connector(
-            dsn,
-            application_name=application_name,
-            connect_timeout=connect_timeout,
-            statement_timeout=statement_timeout,
+        connector, listener = (
+            Connector(
+                one,
+                application_name=application_name,
+                connect_timeout=connect_timeout,
+                statement_timeout=statement_timeout,
+            )
+            for one in (dsn, listen_dsn or dsn)
         )
         self._renewal = Link(connector, self._health, 1, BY_KEY)
         self._dispatch = Link(connector, self._health, 2, BY_KEY)
@@ -58,7 +63,7 @@ class PgStore(Sessions, Dispatch, Logs, Users):
         self._upkeep = Link(connector, self._health, 1, BY_KEY)
         self._logs = Link(connector, self._health, 1, BY_KEY)
         self._users = Link(connector, self._health, 3)
-        self._ear = Ear(connector, self._health, check_listen_every)
+        self._ear = Ear(listener, self._health, check_listen_every, is_meant=listen_dsn is not None)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
