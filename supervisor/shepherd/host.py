@@ -271,16 +271,21 @@ class Host:
 
     def _on_fence(self) -> None:
         self._fence_timer = False
-        if self.fence.has_passed:
+        self._keep_fence()
+        self._watch_fence()
+
+    def _keep_fence(self) -> None:
+        if self._live and self.fence.has_passed:
             running = [step for step in self._live.values() if step.state != "closing" and step.cause != "fence"]
             if running:
                 say(f"the fence has passed: killing {len(running)} steps")
             for step in running:
                 step.stop("fence", 0.0, at_once=True)
-        self._watch_fence()
 
     def _guard(self) -> None:
-        """Kills a daemon that has jobs of its own and doesn't say in time that it has ended them."""
+        """Kills a daemon that has jobs of its own and doesn't say in time that it has ended them. And looks at the
+        fence whatever its timer says: a daemon with a shorter term writes an earlier one than that was set for."""
+        self._keep_fence()
         at = self.fence.overdue_at()
         daemon = self.fence.guarded
         if daemon is not None and at is not None and now() > at and daemon.lives:

@@ -165,6 +165,14 @@ def test_a_fence_that_was_moved_in_time_ends_nothing(yard: Yard) -> None:
     assert yard.ended(step).how == (0, None, None)
 
 
+def test_a_fence_that_was_moved_forward_ends_what_was_begun_under_a_later_one(yard: Yard) -> None:
+    """As by a daemon that was restarted with a shorter term."""
+    yard.fence(3600)
+    step = yard.start("sleep 1000")
+    yard.fence(0.3)
+    assert yard.ended(step).how == (None, 9, "fence")
+
+
 def test_a_fence_file_that_vanished_holds_as_it_was_known(yard: Yard) -> None:
     yard.fence(0.5)
     step = yard.start("sleep 1000")
