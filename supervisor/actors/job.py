@@ -422,6 +422,8 @@ class JobActor:
 
     async def _inspect(self, index: int) -> None:
         try:
+            # It is answered behind the start, however late that was: what is not there then will never be.
+            await self._runner.stop(self.lease.id, 0.0, True)
             taken = await self._runner.adopt(self.lease.id, self._on_step_end)
         except BsupError as error:
             log.warning("job %s: step %s can't be looked at: %s", self.lease.job, index, error)

@@ -78,6 +78,8 @@ class FakeHost:
         self.clock_ahead = 0.0
         self.faults: Callable[[str], str | None] = lambda call: None
         self.hang: set[str] = set()
+        self.late: list[tuple[LeaseId, int, Callable[[StepEnd], None]]] = []
+        """Starts that were not answered in time, and are looked at before the next stop is (fault ``late``)."""
         self.stops: list[tuple[LeaseId, float, bool]] = []
         self.sweeps = 0
         self.guards: list[bool] = []
@@ -117,6 +119,9 @@ class FakeHost:
 
     async def start(self, lease: LeaseId, step: int, tell: Callable[[StepEnd], None]) -> datetime:
         fault = await self._call("start")
+        if fault == "late":
+            self.late.append((lease, step, tell))
+            raise RunnerError("start: the shepherd did not answer in time")
         handle = self.disk[lease]
         assert step not in handle.runs, "a step was started twice"
         if self.fence_at is not None and self.now() > self.fence_at:
@@ -142,6 +147,8 @@ class FakeHost:
 
     async def stop(self, lease: LeaseId, grace: float, kill: bool) -> None:
         await self._call("stop")
+        while self.late:
+            await self.start(*self.late.pop(0))
         self.stops.append((lease, grace, kill))
         handle = self.disk.get(lease)
         for run in handle.runs.values() if handle else ():

@@ -284,6 +284,18 @@ async def test_a_start_whose_answer_was_lost_is_killed_and_the_attempt_fails(sto
     assert end.error == "step 'step 0' could not be started: start: the answer was lost"
 
 
+async def test_a_start_that_may_come_late_is_not_told_as_none(store: FakeStore, daemon: Daemon) -> None:
+    """The shepherd hung, with the start still to be looked at: until it answers what was asked behind that, the job is
+    not given to another host."""
+    faults = {"start": iter(["late"]), "stop": iter(["before"] * 4)}
+    daemon.host.faults = lambda call: next(faults[call], None) if call in faults else None
+    daemon.host.script = Script([(5000.0, 0)])
+    store.add(1)
+    await until(lambda: all_final(store))
+    assert not daemon.host.late
+    assert [run.end is not None for run in daemon.host.history] == [True]
+
+
 async def test_the_jobs_own_timeout_ends_it(store: FakeStore, daemon: Daemon) -> None:
     daemon.host.script = Script([(30.0, 0), (30.0, 0)], timeout=40.0)
     store.add(1)
