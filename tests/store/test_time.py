@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import anyio
 import asyncpg
 import pytest
 
 from supervisor.model.errors import SessionRefused
 from supervisor.model.job import Outcome, State
+from supervisor.ports import SessionGrant
 from supervisor.store.pg import PgStore
 from tests.store.store_bench import TERM, Daemon, add, advance, host, pass_time, told
 
@@ -19,6 +21,14 @@ async def settle(store: PgStore, sql: asyncpg.Connection) -> None:
     """Until the reaper may reap: the first pulse puts it off by a term."""
     await store.pulse(TERM)
     await pass_time(store, sql, TERM + 1)
+
+
+async def until_there_are(sql: asyncpg.Connection, count: str, wanted: int) -> None:
+    for _ in range(1000):
+        if await sql.fetchval(count) == wanted:
+            return
+        await anyio.sleep(0.01)
+    raise AssertionError(f"not {wanted}: {count}")
 
 
 class TestReaping:
@@ -92,6 +102,26 @@ class TestReaping:
             assert (await store.reap()).sessions == []
         await store.renew(daemon.me, TERM, False)
         assert (await store.reap()).sessions == []
+
+    async def test_a_clock_that_steps_back_within_a_pass_reaps_nobody(
+        self, store: PgStore, sql: asyncpg.Connection
+    ) -> None:
+        """The pass has read the clock an hour ahead, then it was set right, and a host renewed."""
+        await settle(store, sql)
+        daemon = await Daemon.begin(store)
+        clock = await sql.fetchval("SELECT pg_get_functiondef('bsup.clock'::regproc)")
+        await sql.execute("UPDATE bsup.pulse SET at = bsup.clock() + interval '59 min 59 s'")
+        await sql.execute("""
+            CREATE SEQUENCE test.looks;
+            CREATE OR REPLACE FUNCTION bsup.clock() RETURNS timestamptz LANGUAGE sql VOLATILE AS $$
+                SELECT clock_timestamp() + c.ahead + make_interval(hours => (nextval('test.looks') = 1)::integer)
+                FROM test.clock c
+            $$""")
+        try:
+            assert (await store.reap()).sessions == []
+        finally:
+            await sql.execute(f"{clock}; DROP SEQUENCE test.looks")
+        await store.renew(daemon.me, TERM, False)
 
     async def test_a_lost_job_that_was_asked_to_stop_is_canceled(self, store: PgStore, sql: asyncpg.Connection) -> None:
         await settle(store, sql)
@@ -218,6 +248,46 @@ class TestSessions:
         again = await store.resume_session(old.session, old.incarnation, host(), TERM, FRESH)
         assert again is not None and (again.me.incarnation, again.me.epoch) == (FRESH, 3)
         assert await store.resume_session("a" * 32, old.incarnation, host(), TERM, FRESH) is None
+
+    async def test_a_shorter_term_counts_from_the_first_renewal_on(
+        self, store: PgStore, sql: asyncpg.Connection
+    ) -> None:
+        """Until the fence of the new term is written, jobs may run by the one of the old."""
+        left = "SELECT extract(epoch FROM expires_at - bsup.clock()) FROM bsup.session"
+        old = (await Daemon.begin(store)).me
+        grant = await store.resume_session(old.session, old.incarnation, host(), TERM / 6, FRESH)
+        assert grant is not None and grant.expires_in == TERM / 6
+        assert await sql.fetchval(left) > TERM - 10
+        await store.renew(grant.me, TERM / 6, False)
+        assert await sql.fetchval(left) <= TERM / 6
+
+    async def test_a_session_is_taken_up_after_the_completions_that_have_begun(
+        self, store: PgStore, sql: asyncpg.Connection
+    ) -> None:
+        """A daemon died as it gave a job back, and the statement waits for a lock. The next daemon must not find the
+        lease held, and start the job, before that is decided."""
+        await add(store)
+        daemon = await Daemon.begin(store)
+        lease = await daemon.claim_one()
+        waiting = """
+            SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"""
+        granted: list[SessionGrant | None] = []
+
+        async def take_up() -> None:
+            granted.append(await store.resume_session(daemon.me.session, daemon.me.incarnation, host(), TERM, FRESH))
+
+        async with anyio.create_task_group() as tasks, sql.transaction():
+            await sql.execute("SELECT FROM bsup.lease WHERE job_id = $1 FOR UPDATE", lease.job)
+            tasks.start_soon(daemon.finish, lease, Outcome.RELEASED)
+            await until_there_are(sql, waiting, 1)
+            tasks.start_soon(take_up)
+            await until_there_are(sql, waiting, 2)
+            assert granted == []
+        (grant,) = granted
+        assert grant is not None
+        assert await store.leases(grant.me) == []
+        with pytest.raises(SessionRefused):
+            await daemon.finish(lease, Outcome.RELEASED)
 
     async def test_closing_releases_what_is_left(self, store: PgStore) -> None:
         (job,) = await add(store)

@@ -14,12 +14,19 @@ RETURNING epoch;
 -- name: resume_session
 -- Compare-and-swap of the incarnation ($2 to $3) of a session that has not expired. A repeat of a swap that was made, but
 -- whose answer was lost, finds $3 there. The epoch rises each time: nobody makes a lease id that another one made.
-WITH kept AS (
+-- The lock waits for claims and completions of the daemon before that have begun (they hold the row's key): what this one
+-- finds held is not ended by that one any more. A shorter term counts from the first renewal on, which comes after the fence:
+-- until then jobs may run by the fence of the term before.
+WITH held AS MATERIALIZED (
+    SELECT s.id FROM bsup.session s
+    WHERE s.id = $1 AND s.incarnation IN ($2, $3) AND s.dead_at IS NULL AND s.expires_at > bsup.clock()
+    FOR UPDATE
+), kept AS (
     UPDATE bsup.session s
     SET incarnation = $3, epoch = s.epoch + 1, host = $4, labels = $5, slots = $6,
         cpu = $7, memory = $8, version = $9, machine_id = $10, boot_id = $11, pid = $12, term = $13, idle = false,
-        renewed_at = bsup.clock(), expires_at = bsup.clock() + make_interval(secs => $13)
-    WHERE s.id = $1 AND s.incarnation IN ($2, $3) AND s.dead_at IS NULL AND s.expires_at > bsup.clock()
+        renewed_at = bsup.clock(), expires_at = greatest(s.expires_at, bsup.clock() + make_interval(secs => $13))
+    FROM held h WHERE s.id = h.id
     RETURNING s.epoch
 ), kinds AS (
     INSERT INTO bsup.kind (name)
