@@ -178,8 +178,8 @@ class Keeper:
         self._me = None
         saved = None if self._lost else await self._file.load()
         sent = self._fence.now()
+        boot_epoch = 0
         grant = None if saved is None else await self._resume(saved)
-        rebooted = grant is not None and saved is not None and not saved.same_boot
         if grant is None:
             await self._end_work()
             sent = self._fence.now()
@@ -187,11 +187,14 @@ class Keeper:
             log.info("session %s begun", grant.me.session)
         else:
             log.info("session %s taken up again", grant.me.session)
-        await self._file.save(grant.me)
+            if saved is not None:
+                # On disk, as a daemon may die before it has ended what the boot before left.
+                boot_epoch = saved.boot_epoch if saved.same_boot else grant.me.epoch
+        await self._file.save(grant.me, boot_epoch=boot_epoch)
         self._lost = False
         await self._publish_fence(sent, grant.expires_in)
         self._me = grant.me
-        self._dispatcher.tell(SessionOpened(grant.me, rebooted), Lane.CONTROL)
+        self._dispatcher.tell(SessionOpened(grant.me, boot_epoch), Lane.CONTROL)
 
     async def _resume(self, saved: SavedSession) -> SessionGrant | None:
         """The swap. Its new incarnation is on disk before the call, so one whose answer was lost is told from one that
@@ -205,7 +208,7 @@ class Keeper:
 
     async def _swap(self, saved: SavedSession, current: str, following: str) -> SessionGrant | None:
         me = Me(session=saved.session, incarnation=current, epoch=saved.epoch)
-        await self._file.save(me, next_incarnation=following)
+        await self._file.save(me, next_incarnation=following, boot_epoch=saved.boot_epoch)
         return await self._store.resume_session(saved.session, current, self._host(), self._terms.term, following)
 
     async def _end_work(self) -> None:
@@ -230,7 +233,10 @@ class Keeper:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._again.wait()
-                    return
+                    if not self._closed:
+                        return
+                    # The daemon is about to end: a session that is begun now would be left behind.
+                    self._again.clear()
             if self._closed:
                 wait = self._terms.renew
                 continue
@@ -256,6 +262,8 @@ class Keeper:
             self._trouble = str(error) or "no answer"
             return False
         except SessionRefused:
+            if self._closed:
+                return False
             log.error("session %s is gone: all its work is ended", me.session)
             if self._me == me:
                 self._lost = True

@@ -134,6 +134,7 @@ class Root:
         self._ready = False
         self._draining = False
         self._tasks: anyio.abc.TaskGroup | None = None
+        self._leaving = False
         self._over = anyio.Event()
         self._supervisor = Supervisor(self._children(), parts.rng)
 
@@ -246,7 +247,8 @@ class Root:
                 log.info("host and database agree: jobs are claimed")
                 self._say_ready("")
             case Drained(clean):
-                if self._draining:
+                if self._draining and not self._leaving:
+                    self._leaving = True
                     self._spawn(self._leave_empty, clean)
             case Reconfigure():
                 self._limits = message

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supervisor.messages import AskActors, AskDrain, AskResume, AskRunning, AskStatus, AskStop, ReloadAsked
+from supervisor.mailbox import Lane
+from supervisor.messages import AskActors, AskDrain, AskResume, AskRunning, AskStatus, AskStop, Drained, ReloadAsked
 from supervisor.model.errors import Busy
 from supervisor.model.job import Outcome, Phase, State
 from supervisor.model.lifecycle import JobEvent, apply
@@ -169,6 +170,40 @@ async def test_after_a_boot_the_leases_of_before_are_losses_at_once(store: FakeS
     assert await until(lambda: all(job.life.losses == 1 for job in store.jobs.values())) < 5
     await until(lambda: all_final(store))
     await second.die()
+
+
+async def test_what_a_power_cut_took_from_the_disk_is_a_loss_too(store: FakeStore) -> None:
+    """A job that takes its machine down would otherwise be run for ever: as never begun, which is not counted."""
+    host = FakeHost()
+    host.script = Script([(20.0, 0)])
+    first = Daemon(store, host).start()
+    store.add(1)
+    await until(lambda: len(host.running()) == 1)
+    await first.die()
+    host.boot(synced=False)
+    second = Daemon(store, host).start()
+    await until(lambda: all_final(store))
+    assert (store.jobs[1].life.losses, store.jobs[1].life.releases) == (1, 0)
+    await second.die()
+
+
+async def test_a_boot_is_not_forgotten_by_a_daemon_that_dies_before_it_has_looked(store: FakeStore) -> None:
+    host = FakeHost()
+    host.script = Script([(20.0, 0)])
+    first = Daemon(store, host).start()
+    store.add(1)
+    await until(lambda: len(host.running()) == 1)
+    await first.die()
+    host.boot(synced=False)
+    store.faults = lambda call: "before" if call == "leases" else None
+    second = Daemon(store, host).start()
+    await until(lambda: host.saved is not None and host.saved.same_boot)
+    await second.die()
+    store.faults = lambda call: None
+    third = Daemon(store, host).start()
+    await until(lambda: all_final(store))
+    assert (store.jobs[1].life.losses, store.jobs[1].life.releases) == (1, 0)
+    await third.die()
 
 
 async def test_a_handle_without_a_lease_is_killed_and_kept_as_superseded(store: FakeStore) -> None:
@@ -336,6 +371,18 @@ async def test_drain_lets_jobs_end_and_closes_the_session(store: FakeStore, daem
     assert outcomes(store) == [Outcome.SUCCEEDED] * 4
     assert not store.sessions and not daemon.host.disk
     assert daemon.notifier.said[-1] == "stopping"
+
+
+async def test_a_drain_that_is_told_twice_to_be_over_closes_the_session_once(
+    store: FakeStore, daemon: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A second close finds no session, or no keeper to ask any more, and says that it expires."""
+    await until(lambda: "ready" in daemon.notifier.said)
+    daemon.terminate()
+    for _ in range(3):
+        daemon.at.root.tell(Drained(clean=True), Lane.CONTROL)
+    assert await daemon.end() == 0
+    assert not store.sessions and "could not be closed" not in caplog.text
 
 
 async def test_drain_beyond_its_time_releases_and_a_second_word_at_once(store: FakeStore) -> None:
