@@ -18,7 +18,7 @@ import history
 import pytest
 import stamps
 from harness import BSUP, alive, until
-from world import Host, Load, World
+from world import PATIENT, Host, Load, World
 
 from supervisor.client import Client
 
@@ -26,9 +26,6 @@ pytestmark = pytest.mark.slow
 
 JOBS = 50
 ADOPTED_WITHIN = 2.0
-PATIENT = (1.0, 60.0, 5.0)
-"""Terms with which a daemon that is restarted on a busy machine is back in time."""
-
 TALK = r"""
 block=0123456789abcdefghijklmnopqrstuvwxyz
 for k in 1 2 3 4 5 6; do block=$block$block; done

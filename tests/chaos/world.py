@@ -38,7 +38,9 @@ T = TypeVar("T")
 HERE = Path(__file__).parent
 TERMS = (0.5, 6.0, 1.5)
 """Renew, term, margin: seconds."""
-AWAY = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+PATIENT = (1.0, 60.0, 5.0)
+"""With these a daemon that is restarted, on a busy machine, is back in time."""
+AWAY = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 """What a query raises while the database is away."""
 
 
