@@ -127,11 +127,11 @@ class Woken(msgspec.Struct, frozen=True):
 
 
 class SessionOpened(msgspec.Struct, frozen=True):
-    """The keeper holds a session and wrote its fence: reconcile, then claim. ``rebooted``: the machine was booted since
-    the session was held last, so no process of it is left. ``me.epoch`` was never told before."""
+    """The keeper holds a session and wrote its fence: reconcile, then claim. ``boot_epoch``: the machine was booted since
+    leases of an epoch before it were taken, so no process of theirs is left. ``me.epoch`` was never told before."""
 
     me: Me
-    rebooted: bool
+    boot_epoch: int
 
 
 class SessionGone(msgspec.Struct, frozen=True):

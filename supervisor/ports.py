@@ -437,13 +437,15 @@ class Fence(Protocol):
 
 class SavedSession(msgspec.Struct, frozen=True):
     """The session this state directory held last. ``next_incarnation``: a swap was begun whose answer is not on disk.
-    ``same_boot``: the machine has not booted since, so what ran then may still run."""
+    ``same_boot``: the machine has not booted since, so what ran then may still run. ``boot_epoch``: the first epoch of
+    the boot that it was held in last; leases of an epoch before it are of another boot."""
 
     session: str
     incarnation: str
     next_incarnation: str | None
     epoch: int
     same_boot: bool
+    boot_epoch: int = 0
 
 
 class SessionFile(Protocol):
@@ -454,7 +456,7 @@ class SessionFile(Protocol):
         call."""
         ...
 
-    async def save(self, me: Me, next_incarnation: str | None = None) -> None:
+    async def save(self, me: Me, next_incarnation: str | None = None, boot_epoch: int = 0) -> None:
         """Written by rename and fsynced before it returns."""
         ...
 

@@ -8,7 +8,7 @@ What is found, and what follows:
 | in the database | on disk | an actor | then |
 |---|---|---|---|
 | yes | yes | no | the attempt is taken up |
-| yes | no | no | claimed, never begun (the claim's answer was lost): released, uncounted |
+| yes | no | no | claimed, never begun (the claim's answer was lost): released, uncounted; after a boot, a loss |
 | no | – | yes | the lease is gone: its work is ended, what it had is kept as superseded |
 | no | yes | no | the same, with no actor to ask: buried |
 
@@ -85,6 +85,19 @@ def release_of(lease: Lease) -> AttemptEnd:
         outcome=Outcome.RELEASED,
         reason="orphan",
         error="released: it was claimed, and never begun",
+        ended_at=datetime.now(UTC),
+    )
+
+
+def loss_of(lease: Lease) -> AttemptEnd:
+    """The end of a lease of another boot of which nothing is on disk: its files were written, and not synced."""
+    return AttemptEnd(
+        lease=lease.id,
+        job=lease.job,
+        attempt=lease.attempt,
+        outcome=Outcome.LOST,
+        reason="gone",
+        error="the machine was booted meanwhile",
         ended_at=datetime.now(UTC),
     )
 

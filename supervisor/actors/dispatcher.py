@@ -187,8 +187,8 @@ class Dispatcher:
                 self._on_moved(message)
             case Woken():
                 self._claimer.wake(ready=True)
-            case SessionOpened(me, rebooted):
-                self._on_session(me, rebooted)
+            case SessionOpened(me, boot_epoch):
+                self._on_session(me, boot_epoch)
             case SessionGone():
                 self._on_session_gone()
             case Renewed():
@@ -435,12 +435,12 @@ class Dispatcher:
 
     # --- the session ------------------------------------------------------------------------------------------
 
-    def _on_session(self, me: Me, rebooted: bool) -> None:
+    def _on_session(self, me: Me, boot_epoch: int) -> None:
         self._me = me
         self._unchecked = 0
         self._claimer.fenced = False
         self._outbox.set_session(me)
-        self._reconciler.set_session(me, rebooted)
+        self._reconciler.set_session(me, boot_epoch)
         self._claimer.set_session(me)
 
     def _on_session_gone(self) -> None:

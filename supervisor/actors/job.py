@@ -366,7 +366,7 @@ class JobActor:
             try:
                 taken = await self._runner.adopt(self.lease.id, self._on_step_end)
                 if taken is None:
-                    self._tell_self(NothingToAdopt())
+                    self._tell_self(NothingToAdopt(self._start_mode.rebooted))
                     return
                 plan = await answered(self._runner.prepare(self.lease))
                 await self._open_log(plan)

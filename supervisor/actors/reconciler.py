@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
-from supervisor.actors.adoption import Burial, compare, release_of
+from supervisor.actors.adoption import Burial, compare, loss_of, release_of
 from supervisor.actors.ledger import Ledger
 from supervisor.actors.outbox import Outbox
 from supervisor.messages import JobMessage, JobStart
@@ -60,7 +60,7 @@ class Reconciler:
         self._burials: dict[LeaseId, Burial] = {}
         self._kept: dict[LeaseId, asyncio.Event] = {}
         self._me: Me | None = None
-        self._rebooted = False
+        self._boot_epoch = 0
         self._ending = False
         self._listed = False
         self.is_reconciled = False
@@ -77,9 +77,9 @@ class Reconciler:
         """``tasks`` owns the burials."""
         self._tasks = tasks
 
-    def set_session(self, me: Me, rebooted: bool) -> None:
+    def set_session(self, me: Me, boot_epoch: int) -> None:
         self._me = me
-        self._rebooted = rebooted
+        self._boot_epoch = boot_epoch
         self._ending = self._listed = False
         self.is_reconciled = False
 
@@ -111,9 +111,11 @@ class Reconciler:
             ending=ending | self._outbox.unanswered(),
         )
         for lease in found.adopt:
-            self._take(lease, JobStart(adopt=True, rebooted=self._rebooted))
+            self._take(lease, JobStart(adopt=True, rebooted=lease.id.epoch < self._boot_epoch))
         for lease in found.release:
-            self._outbox.finish(release_of(lease))
+            # What is not on disk any more after a power cut may have run.
+            is_lost = lease.id.epoch < self._boot_epoch
+            self._outbox.finish(loss_of(lease) if is_lost else release_of(lease))
         for orphan in found.orphans:
             self._bury(orphan, handles[orphan])
         self._mark_missing(found.missing)
@@ -125,7 +127,6 @@ class Reconciler:
                 len(found.missing),
                 len(found.orphans),
             )
-        self._rebooted = False
         if not self.is_reconciled:
             self.is_reconciled = True
             self._on_reconciled()

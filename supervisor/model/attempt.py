@@ -75,6 +75,7 @@ _CANCELED = StepState.CANCELED
 
 _FENCED = "ended at the fence: the host could not renew its lease in time"
 _SUPERSEDED = "superseded: the lease is gone"
+_REBOOTED = "the machine was booted meanwhile"
 
 Next: TypeAlias = tuple[AttemptState, list[Effect]]
 
@@ -178,14 +179,15 @@ def _on_adopted(state: AttemptState, event: Adopted) -> Next:
         if not plan.in_process:
             effects += [LogStepStarted(taken.index), LogStepEnded(taken.index), Report(state.steps[position])]
     if running is not None and event.rebooted:
-        gone = StepEnd(running.index, None, None, running.started_at, None, "gone", "the machine was booted meanwhile")
+        gone = StepEnd(running.index, None, None, running.started_at, None, "gone", _REBOOTED)
         state = _ended_step(_replace(state, current=_position(plan, running.index)), gone)
         if not plan.in_process:
             effects += [LogStepStarted(running.index), LogStepEnded(running.index)]
         running = None
     if running is None:
-        if event.rebooted and event.taken and _next_step(state) is not None:
-            state = _caused(state, Cause.LOST, "the machine was booted meanwhile")
+        if event.rebooted and _next_step(state) is not None:
+            # Also where no step seems to have begun: what was written of it, and what it did, may not have been synced.
+            state = _caused(state, Cause.LOST, _REBOOTED)
         return _onward(state, effects)
     position = _position(plan, running.index)
     assert position is not None
@@ -433,6 +435,8 @@ def _seconds(seconds: float | None) -> str:
 def _on_nothing_to_adopt(state: AttemptState, event: NothingToAdopt) -> Next:
     if state.stage is not _PREPARING:
         return state, []
+    if event.rebooted:
+        return _flush(_caused(state, Cause.LOST, _REBOOTED))
     return _flush(_caused(state, Cause.RELEASE, "the attempt had not begun on this host"))
 
 

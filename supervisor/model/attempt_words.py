@@ -101,7 +101,9 @@ class Adopted(msgspec.Struct, frozen=True):
 
 
 class NothingToAdopt(msgspec.Struct, frozen=True):
-    """There is a lease but no handle: the attempt never began on this host."""
+    """There is a lease but no handle: the attempt never began on this host; or, ``rebooted``, that is not known."""
+
+    rebooted: bool = False
 
 
 class StepStarted(msgspec.Struct, frozen=True):

@@ -38,6 +38,7 @@ class _Stored(msgspec.Struct, kw_only=True):
     epoch: int
     machine_id: str
     boot_id: str
+    boot_epoch: int = 0
     dir: str
 
 
@@ -97,8 +98,8 @@ class StateSessionFile:
     async def load(self) -> SavedSession | None:
         return await anyio.to_thread.run_sync(self._load)
 
-    async def save(self, me: Me, next_incarnation: str | None = None) -> None:
-        await anyio.to_thread.run_sync(self._save, me, next_incarnation)
+    async def save(self, me: Me, next_incarnation: str | None = None, boot_epoch: int = 0) -> None:
+        await anyio.to_thread.run_sync(self._save, me, next_incarnation, boot_epoch)
 
     def _load(self) -> SavedSession | None:
         try:
@@ -118,9 +119,10 @@ class StateSessionFile:
             next_incarnation=stored.next_incarnation,
             epoch=stored.epoch,
             same_boot=stored.boot_id == self._boot_id,
+            boot_epoch=stored.boot_epoch,
         )
 
-    def _save(self, me: Me, next_incarnation: str | None) -> None:
+    def _save(self, me: Me, next_incarnation: str | None, boot_epoch: int) -> None:
         boot_id = self._boot_id
         if next_incarnation is not None:
             # Only the intent to take it up: until that is done, what runs is still what the boot before left.
@@ -133,6 +135,7 @@ class StateSessionFile:
             epoch=me.epoch,
             machine_id=self._machine_id,
             boot_id=boot_id,
+            boot_epoch=boot_epoch,
             dir=self._directory(),
         )
         temporary = self._path.with_suffix(".tmp")

@@ -89,7 +89,10 @@ class FakeHost:
     def running(self) -> list[Run]:
         return [run for handle in self.disk.values() for run in handle.runs.values() if run.end is None]
 
-    def boot(self) -> None:
+    def boot(self, *, synced: bool = True) -> None:
+        """Not ``synced``: the power was cut, and nothing of what was written last is there."""
+        if not synced:
+            self.disk.clear()
         for run in self.running():
             run.end = StepEnd(run.index, None, None, run.started_at, None, "gone")
             run.ended = now()
@@ -233,9 +236,9 @@ class FakeHost:
     async def load(self) -> SavedSession | None:
         return self.saved
 
-    async def save(self, me: Me, next_incarnation: str | None = None) -> None:
+    async def save(self, me: Me, next_incarnation: str | None = None, boot_epoch: int = 0) -> None:
         same = True if next_incarnation is None or self.saved is None else self.saved.same_boot
-        self.saved = SavedSession(me.session, me.incarnation, next_incarnation, me.epoch, same)
+        self.saved = SavedSession(me.session, me.incarnation, next_incarnation, me.epoch, same, boot_epoch)
 
 
 class FakeSink:

@@ -94,7 +94,7 @@ async def on_stage(*, crash: bool = False, kinds: Sequence[str] = ("steps",)) ->
     stage.store.kinds = list(kinds)
     task = asyncio.create_task(stage.dispatcher.run())
     grant = await stage.store.open_session(HOST, 180.0)
-    stage.mailbox.tell(SessionOpened(grant.me, False), Lane.CONTROL)
+    stage.mailbox.tell(SessionOpened(grant.me, 0), Lane.CONTROL)
     assert isinstance(await stage.keeper.receive(), DispatcherUp)
     yield stage
     task.cancel()

@@ -244,6 +244,9 @@ def test_adoption_after_a_boot_is_a_loss_unless_all_had_ended() -> None:
     between = (StepTaken(0, AT, StepEnd(0, 0, None, AT, AT)),)
     state, _ = advance(AttemptState(), Adopted(PLAN, between, 0.0, True))
     assert state.cause is Cause.LOST
+    # It may have been started, and the claim not synced: then a second start would be under one lease.
+    state, effects = advance(AttemptState(), Adopted(PLAN, (), 0.0, True))
+    assert state.cause is Cause.LOST and not any(isinstance(effect, StartStep) for effect in effects)
     done = tuple(StepTaken(i, AT, StepEnd(i, 0, None, AT, AT)) for i in range(3))
     state, _ = advance(AttemptState(), Adopted(PLAN, done, 0.0, True))
     assert state.cause is Cause.NONE and state.stage is Stage.FLUSHING
@@ -271,6 +274,9 @@ def test_a_lease_without_a_handle_is_released() -> None:
     state, _ = advance(AttemptState(), NothingToAdopt())
     _, [told] = advance(state, LogCompleted())
     assert isinstance(told, Tell) and told.result.outcome is Outcome.RELEASED
+    state, _ = advance(AttemptState(), NothingToAdopt(rebooted=True))
+    _, [told] = advance(state, LogCompleted())
+    assert isinstance(told, Tell) and told.result.outcome is Outcome.LOST
 
 
 # --- all of it ----------------------------------------------------------------------------------------------------
@@ -292,6 +298,7 @@ EVERY: list[Event] = [
     Prepared(PLAN),
     PrepareFailed("no"),
     NothingToAdopt(),
+    NothingToAdopt(rebooted=True),
     Adopted(PLAN, (StepTaken(0, AT, None),), 0.0, False),
     Adopted(PLAN, (StepTaken(0, AT, None),), 0.0, True),
     *[StepStarted(i, AT) for i in range(4)],

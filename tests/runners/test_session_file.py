@@ -42,6 +42,13 @@ async def test_another_boot_is_told_until_the_take_up_is_done(tmp_path: Path) ->
     assert found is not None and found.same_boot and found.next_incarnation is None
 
 
+async def test_which_leases_are_of_another_boot_is_told_until_there_is_another_session(tmp_path: Path) -> None:
+    file = StateSessionFile(tmp_path, "machine", "boot")
+    await file.save(ME, next_incarnation="c" * 32, boot_epoch=2)
+    found = await file.load()
+    assert found is not None and found.boot_epoch == 2
+
+
 async def test_state_of_another_machine_is_set_aside(tmp_path: Path) -> None:
     await StateSessionFile(tmp_path, "machine", "boot").save(ME)
     other = StateSessionFile(tmp_path, "clone", "boot")
