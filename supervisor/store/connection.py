@@ -6,6 +6,7 @@ that none starves another. Used by ``pg`` and ``listen``. Nothing here retries a
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -121,10 +122,17 @@ class Connector:
             except FAULTS as error:
                 problems.append(str(translate(error, "connect")))
                 continue
-            self._urls.remove(url)
-            self._urls.insert(0, url)
+            except asyncio.CancelledError:
+                # Whoever can't wait for a host that swallows everything begins with another one the next time.
+                self._ask(url, first=False)
+                raise
+            self._ask(url, first=True)
             return connection
         raise StoreUnavailable("; ".join(dict.fromkeys(problems)))
+
+    def _ask(self, url: str, *, first: bool) -> None:
+        self._urls.remove(url)
+        self._urls.insert(0 if first else len(self._urls), url)
 
     async def _connect(self, url: str, settings: Mapping[str, str]) -> Connection:
         if not self.is_pooled:

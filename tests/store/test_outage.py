@@ -159,6 +159,16 @@ class TestAway:
         async with PgStore(dsn) as store:
             assert await store.needs(0) == []
 
+    async def test_a_host_that_swallows_everything_is_asked_last_by_who_could_not_wait(self, gate: Gate) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            dsn = gate.dsn.replace("@", f"@127.0.0.1:{silent.getsockname()[1]},")
+            async with PgStore(dsn, connect_timeout=30.0) as store:
+                with anyio.move_on_after(0.2) as scope:
+                    await store.hosts()
+                assert scope.cancelled_caught
+                with anyio.fail_after(20):
+                    assert await store.hosts() == []
+
     async def test_idle_connections_that_died_cost_a_reader_nothing(
         self, store: PgStore, sql: asyncpg.Connection
     ) -> None:
