@@ -55,10 +55,11 @@ def is_there() -> bool:
 
 @dataclass(frozen=True)
 class Wire:
-    """A host's end. ``database``: where it finds the hub."""
+    """A host's end. ``address``: its own; ``database``: where it finds the hub."""
 
     namespace: str
     interface: str
+    address: str
     database: str
 
     @property
@@ -109,7 +110,7 @@ class Network:
         for where, interface, address in ((self.hub, port, here), (namespace, "up0", there)):
             run("ip", "-n", where, "address", "add", f"{address}/24", "dev", interface)
             run("ip", "-n", where, "link", "set", interface, "up")
-        return Wire(namespace, port, here)
+        return Wire(namespace, port, there, here)
 
     def cut(self, *wires: Wire) -> None:
         self._change("add", "cut", (wire.interface for wire in wires))

@@ -5,7 +5,7 @@
         server.start()
 
     with Server("a", prefix=network.prefix, address="127.0.0.1", port=5433) as primary:
-        standby = primary.standby("b", port=5434)         # a copy that streams from it
+        standby = primary.standby("b", port=5434, prefix=network.prefix, address="127.0.0.1")   # streams from it
         standby.promote()
 
 ``dsn`` leads through a Unix socket, ``tcp(address)`` through the network. fsync is off: what is killed here are
@@ -198,7 +198,7 @@ class Server(Process):
 
     def kill(self) -> None:
         """kill -9 of the postmaster and of every process of it."""
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:
             return
         pids = children(self._process.pid)
         super().kill()
@@ -207,10 +207,10 @@ class Server(Process):
                 os.kill(pid, signal.SIGKILL)
         until(lambda: not any(map(alive, pids)), "PostgreSQL's processes are gone", 30)
 
-    def standby(self, name: str, *, port: int) -> Server:
+    def standby(self, name: str, *, port: int, prefix: tuple[str, ...], address: str) -> Server:
         """A copy that streams from this one, started. This one must never have been started before it was copied, or
         still have all that it wrote since (``wal_keep_size``)."""
-        other = Server(name, beside=self, prefix=self.prefix, address=self.address, port=port)
+        other = Server(name, beside=self, prefix=prefix, address=address, port=port)
         (other.home / "data" / "standby.signal").touch()
         give(other.home / "data" / "standby.signal")
         other._settings["primary_conninfo"] = f"host={self.home} port={self.port} user={USER} application_name={name}"
@@ -218,7 +218,7 @@ class Server(Process):
         other.start()
         until(
             lambda: self.query(
-                f"SELECT FROM pg_stat_replication WHERE application_name = '{name}' AND state = 'streaming'"
+                f"SELECT pid FROM pg_stat_replication WHERE application_name = '{name}' AND state = 'streaming'"
             ),
             f"{name} streams",
         )
