@@ -13,7 +13,7 @@ WORKERS ?= 2
 TESTS ?=
 BENCH ?=
 
-.PHONY: help setup demo test test-pg check format docs bench bench-quick clean
+.PHONY: help setup demo test chaos test-pg check format docs bench bench-quick clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -32,6 +32,12 @@ demo: $(STAMP) ## build this repository with bsup: its own daemon, its own Postg
 
 test: $(STAMP) ## run the tests (all but the slow ones; BSUP_SLOW=1 or CI=true: all)
 	$(BIN)/pytest -n $(WORKERS) $(TESTS)
+
+chaos: export BSUP_SLOW = 1
+chaos: export BSUP_CHAOS_KILLS ?= 100
+chaos: export BSUP_CHAOS_CYCLES ?= 1000
+chaos: $(STAMP) ## kill, starve and cut off everything, with the full counts (needs root and the packages that .ci/run installs)
+	$(BIN)/pytest -n $(WORKERS) tests/chaos tests/vm tests/model/test_lease_model.py
 
 test-pg: $(STAMP) ## run the store's tests on the server that BSUP_TEST_DSN names
 	@test -n "$$BSUP_TEST_DSN" || { echo "make: set BSUP_TEST_DSN" >&2; exit 1; }
