@@ -138,7 +138,9 @@ def test_all_daemons_are_killed_at_once(world: World) -> None:
             ran = {pid for host in hosts for pid, _ in pids(host).values()}
             if away:
                 until(lambda ran=ran: not any(map(alive, ran)), "the fences end the jobs", term + 5.0)  # type: ignore[misc]
-                time.sleep(1.0)  # the margin: the sessions, too, have ended by the database's clock
+                until(
+                    lambda: not world.query("SELECT FROM bsup.session WHERE expires_at >= bsup.clock()"), "so are they"
+                )
             for host in hosts:
                 host.start(ready=False)
             for host in hosts:
