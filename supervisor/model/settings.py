@@ -11,6 +11,7 @@ refused, never ignored: a misspelt ``termm`` that silently keeps the default wou
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -296,7 +297,7 @@ def resolve(settings: Settings, facts: HostFacts) -> Settings:
 def check(settings: Settings) -> None:
     """What no key can check alone. Raises InvalidInput."""
     lease, jobs, host = settings.lease, settings.jobs, settings.host
-    if lease.term < 6 * lease.renew:
+    if lease.term < 6 * lease.renew and not math.isclose(lease.term, 6 * lease.renew):  # 6 * 0.4 is more than 2.4
         raise InvalidInput(
             "lease.term",
             f"{lease.term:g}s is less than 6 × lease.renew ({lease.renew:g}s): "

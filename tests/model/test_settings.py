@@ -100,6 +100,10 @@ def test_not_text_is_not_toml() -> None:
         decode(b"\xff")
 
 
+def test_the_least_term_is_taken_also_where_a_product_is_rounded_up() -> None:
+    assert decode(b"[lease]\nrenew = 0.4\nterm = 2.4\nmargin = 0.8\n").lease.term == 2.4
+
+
 def test_units_and_words() -> None:
     settings = decode(
         b'[lease]\nterm = "1m30s"\n[host]\nmemory = "2GiB"\ncpu = 3\nslots = "auto"\n'
