@@ -127,8 +127,9 @@ class Woken(msgspec.Struct, frozen=True):
 
 
 class SessionOpened(msgspec.Struct, frozen=True):
-    """The keeper holds a session and wrote its fence: reconcile, then claim. ``boot_epoch``: the machine was booted since
-    leases of an epoch before it were taken, so no process of theirs is left. ``me.epoch`` was never told before."""
+    """The keeper holds a session and wrote its fence: reconcile, then claim. ``boot_epoch``: the machine was booted
+    since leases of an epoch before it were taken, so no process of theirs is left. ``me.epoch`` was never told
+    before."""
 
     me: Me
     boot_epoch: int

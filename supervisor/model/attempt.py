@@ -65,6 +65,7 @@ from supervisor.model.attempt_words import (
     StopOverdue,
     StopRun,
     Tell,
+    limit_of,
 )
 from supervisor.model.job import Outcome, StepRecord, StepState
 
@@ -296,7 +297,7 @@ def _judge_step(plan: StepPlan, end: StepEnd, error_before: str | None) -> tuple
         case "gone":
             return StepState.UNKNOWN, end.error or f"the process of {name} is gone without an exit record"
         case "timeout":
-            return StepState.FAILED, f"{name} timed out after {_seconds(plan.timeout)}"
+            return StepState.FAILED, f"{name} timed out after {limit_of(plan)}"
         case "exec":
             return StepState.FAILED, f"{name} could not be started: {end.error or error_before or 'unknown error'}"
         case "stop" | "fence":
@@ -428,10 +429,6 @@ def _with(steps: tuple[StepRecord, ...], position: int, step: StepRecord) -> tup
     return (*steps[:position], step, *steps[position + 1 :])
 
 
-def _seconds(seconds: float | None) -> str:
-    return "its limit" if seconds is None else f"{seconds:g} s"
-
-
 def _on_nothing_to_adopt(state: AttemptState, event: NothingToAdopt) -> Next:
     if state.stage is not _PREPARING:
         return state, []
@@ -441,8 +438,8 @@ def _on_nothing_to_adopt(state: AttemptState, event: NothingToAdopt) -> Next:
 
 
 def _on_timed_out(state: AttemptState, event: JobTimedOut) -> Next:
-    limit = state.plan.timeout if state.plan else None
-    return _end_from_outside(state, Cause.TIMEOUT, f"the job timed out after {_seconds(limit)}", event.grace, False)
+    problem = f"the job timed out after {limit_of(state.plan)}"
+    return _end_from_outside(state, Cause.TIMEOUT, problem, event.grace, False)
 
 
 def _on_log_completed(state: AttemptState, event: LogCompleted) -> Next:

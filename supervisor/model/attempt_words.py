@@ -35,6 +35,11 @@ class Plan(msgspec.Struct, frozen=True):
     in_process: bool = False
 
 
+def limit_of(plan: Plan | StepPlan | None) -> str:
+    """Its timeout, in words."""
+    return "its limit" if plan is None or plan.timeout is None else f"{plan.timeout:g} s"
+
+
 class StepEnd(msgspec.Struct, frozen=True):
     """How a step ended. ``cause``: why it was ended from outside: stop, timeout, fence; exec: it could not be started;
     gone: its process is gone without an exit record (a loss); invalid: trying it again would not help."""
