@@ -58,6 +58,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in slow]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what tests tell by ``record_property("told", …)``: figures that a run is looked at for."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    told = [value for report in reports for name, value in report.user_properties if name == "told"]
+    if told:
+        terminalreporter.section("told")
+        for line in sorted(told):
+            terminalreporter.line(line)
+
+
 @pytest.fixture(autouse=True)
 def _marked_parts(request: pytest.FixtureRequest) -> None:
     for part, present in PARTS.items():
