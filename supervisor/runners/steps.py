@@ -122,7 +122,6 @@ class StepsRunner:
         self._shepherd = shepherd
         self._uids = UidPool(uid_base, uid_count)
         self._known: dict[LeaseId, RunFile] = {}
-        self._run_dirs: dict[LeaseId, Path] = {}
         self._uid_range = f"{uid_base} to {uid_base + uid_count - 1}"
         self._live: dict[Path, _Live] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -241,7 +240,6 @@ class StepsRunner:
             # The workspace first: a handle that is left is found again, and with it whose the workspace is.
             await self._shepherd.remove(workspace, run_dir)
         self._known.pop(lease, None)
-        self._run_dirs.pop(lease, None)
         self._uids.give_back(lease)
 
     async def handles(self) -> list[LeaseId]:
@@ -453,10 +451,7 @@ class StepsRunner:
         return run
 
     def _run_dir(self, lease: LeaseId) -> Path:
-        found = self._run_dirs.get(lease)
-        if found is None:
-            found = self._run_dirs[lease] = self._runs / str(lease)
-        return found
+        return self._runs / str(lease)
 
     def _all_handles(self) -> list[LeaseId]:
         orphans = {
