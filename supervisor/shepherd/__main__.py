@@ -25,9 +25,11 @@ if not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from supervisor.shepherd import linux, mounts
+from supervisor.shepherd.bond import Bond, Estate
 from supervisor.shepherd.files import StateDirectory, log_is_full, log_to, say
-from supervisor.shepherd.guardian import guard
+from supervisor.shepherd.guardian import CANT_BEGIN, LEFT, Guardian
 from supervisor.shepherd.host import Host
+from supervisor.shepherd.launcher import Charter
 from supervisor.shepherd.loop import Loop, now
 from supervisor.shepherd.server import SOCKET, Server
 from supervisor.shepherd.spec import Policy, is_uid_range, service_ids
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--uid must not be one of the jobs'")
     state = StateDirectory(options.state, policy.owner)
     if not options.detach:
-        return _run(state, policy, options.linger, _Waiter())
+        return _run(state, policy, options.linger, _Waiter(), None)
     read, write = os.pipe2(os.O_CLOEXEC)
     if os.fork() > 0:
         os.close(write)
@@ -66,7 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     log_to(state)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
-    return _run(state, policy, options.linger, _Waiter(write), detached=True)
+    command = (sys.executable, "-I", "-S", os.path.dirname(os.path.abspath(__file__)))
+    words = sys.argv[1:] if arguments is None else arguments
+    return _run(state, policy, options.linger, _Waiter(write), (*command, *words))
 
 
 class _Waiter:
@@ -86,48 +90,79 @@ class _Waiter:
             self._write = -1
 
 
-def _run(state: StateDirectory, policy: Policy, linger: float, waiter: _Waiter, *, detached: bool = False) -> int:
+def _run(state: StateDirectory, policy: Policy, linger: float, waiter: _Waiter, command: tuple[str, ...] | None) -> int:
+    """``command``: what begins another one like this in the background; None: this isn't in the background."""
     os.umask(0o077)
     os.chdir(state.fd)
     linux.name_process("bsup-guardian")
     lock = os.open("shepherd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        # Another one serves this directory: that is as good, once it listens.
+    if not _is_first(lock):
         os.close(lock)
-        _await_another()
         waiter.tell()
         return 0
-    return guard(state, lambda: _serve(state, policy, linger, waiter, detached=detached), waiter.let_go)
+    files = _raise_file_limit()
+    uids = UidRanges(state)
+    if policy.is_root:
+        uids.open()
+    estate = Estate()
+    while True:
+        bond = Guardian(state, estate, waiter.let_go).run()
+        if isinstance(bond, int):
+            return bond
+        code = CANT_BEGIN
+        try:
+            found = _serve(state, policy, linger, waiter, uids, bond, Charter(files, bond.guardian, command))
+            if isinstance(found, Estate):
+                # The guardian is dead. From here on this is one.
+                estate = found
+                continue
+            code = found
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
 
 
-def _await_another() -> None:
-    """It may be at the sweep still."""
+def _is_first(lock: int) -> bool:
+    """False: another one serves this directory, which is as good. It may be at the sweep still, or about to leave."""
     deadline = time.monotonic() + _OTHERS_TIME
-    while time.monotonic() < deadline:
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
             link.connect(SOCKET)
-            return
+            return False
+        if time.monotonic() > deadline:
+            return False
         time.sleep(_PAUSE)
 
 
-def _serve(state: StateDirectory, policy: Policy, linger: float, waiter: _Waiter, *, detached: bool) -> int:
-    """Until nobody needs it. In a process of its own, a child of the guardian's."""
+def _serve(
+    state: StateDirectory,
+    policy: Policy,
+    linger: float,
+    waiter: _Waiter,
+    uids: UidRanges,
+    bond: Bond,
+    charter: Charter,
+) -> int | Estate:
+    """Until nobody needs it (a code), or its guardian is gone (what it leaves to the next). A child of the
+    guardian's."""
     linux.become_subreaper()
-    file_limit = _raise_file_limit()
     state.make("runs", 0o700)
     state.make("work", 0o711)
     with open(state.create_or_empty("shepherd.pid"), "w", encoding="ascii") as file:
         file.write(f"{os.getpid()}\n")
-    uids = UidRanges(state)
+    if bond.estate.uids is not None:
+        policy = replace(policy, uid_base=bond.estate.uids[0], uid_count=bond.estate.uids[1])
     before = None
     if policy.gives_uids:
         before = uids.remembered(policy.uid_base, policy.uid_count)
         policy = replace(policy, uid_shift=uids.take(policy.uid_base, policy.uid_count, policy.service[0]))
-    sweep(state, policy, by_uid=uids.are_locked and before == policy.uid_shift)
+    tmp_problem = mounts.problem()
     loop = Loop()
-    host = Host(loop, state, policy, uids, file_limit=file_limit, tmp_problem=mounts.problem())
+    host = Host(loop, state, policy, uids, bond, charter=charter, tmp_problem=tmp_problem)
+    sweep(state, policy, host.take_up(), by_uid=uids.are_locked and before == policy.uid_shift)
     server = Server(
         loop,
         host,
@@ -135,16 +170,18 @@ def _serve(state: StateDirectory, policy: Policy, linger: float, waiter: _Waiter
         linger=linger,
     )
     host.on_event = server.announce
+    bond.listen(loop, host.on_news)
     loop.on_signal(signal.SIGCHLD, host.reap)
     loop.on_signal(signal.SIGTERM, server.end)
     loop.on_signal(signal.SIGINT, server.end)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if detached:
+    if charter.command is not None:
         _keep_log_small(loop, state)
     # What is here now stays: a fork that doesn't touch it copies less.
     gc.collect()
     gc.freeze()
     say(f"shepherd {os.getpid()} serves {state.path}")
+    bond.serve()
     waiter.tell()
     try:
         loop.run()
@@ -152,8 +189,14 @@ def _serve(state: StateDirectory, policy: Policy, linger: float, waiter: _Waiter
         traceback.print_exc()
         return _CRASHED
     server.close()
+    if bond.is_lost and not host.is_idle:
+        estate = host.hand_over()
+        bond.close()
+        loop.close()
+        return estate
+    host.launcher.close()
     say(f"shepherd {os.getpid()} leaves")
-    return 0
+    return LEFT
 
 
 def _raise_file_limit() -> tuple[int, int]:

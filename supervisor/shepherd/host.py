@@ -12,10 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 from supervisor.shepherd import kill
+from supervisor.shepherd.bond import Bond, Estate, Names
 from supervisor.shepherd.fence import Fence, boot_id
 from supervisor.shepherd.files import Refusal, StateDirectory, exists, say
-from supervisor.shepherd.launcher import Launcher
+from supervisor.shepherd.heirs import Heirs
+from supervisor.shepherd.launcher import LAUNCHER, Charter, Launcher
 from supervisor.shepherd.loop import Loop, now
+from supervisor.shepherd.spawn import Order
 from supervisor.shepherd.spec import Policy, is_uid_range, read_spec
 from supervisor.shepherd.step import Place, Step
 from supervisor.shepherd.trees import Trees
@@ -36,15 +39,19 @@ class Host:
         state: StateDirectory,
         policy: Policy,
         uids: UidRanges,
+        bond: Bond,
         *,
-        file_limit: tuple[int, int],
+        charter: Charter,
         tmp_problem: str | None,
     ) -> None:
         self.loop = loop
         self.state = state
         self.policy = policy
+        self.bond = bond
         self._uids = uids
-        self.launcher = Launcher(loop, state, file_limit, self._on_exit)
+        self._set_uids = bond.estate.uids
+        self.launcher = Launcher(loop, state, charter, self._on_exit, self._find_begun, bond.flush)
+        self._heirs = Heirs(self, bond)
         self.boot_id = boot_id()
         self.trees = Trees(state, policy, self._user_of)
         self.fence = Fence(state)
@@ -60,6 +67,31 @@ class Host:
     @property
     def is_idle(self) -> bool:
         return not (self._live or self._haunted or self.trees.is_busy or self._guards)
+
+    # --- one shepherd after the other ---
+
+    def take_up(self) -> set[Names]:
+        """The steps of the shepherd before that go on."""
+        for step in self._heirs.take_up(self.policy):
+            self._live[step.place.run, step.place.index] = step
+        self.launcher.note_steps(len(self._live))
+        self._watch_fence()
+        return set(self._live)
+
+    def on_news(self) -> None:
+        """Of the guardian."""
+        if self.bond.is_lost:
+            say("the guardian is gone: its place is taken, and another shepherd goes on")
+            self.loop.running = False
+        else:
+            self._heirs.look()
+
+    def hand_over(self) -> Estate:
+        """What the next shepherd needs to go on. This one does nothing more."""
+        self.launcher.close()
+        self.trees.close()
+        self._heirs.close()
+        return Estate({names: step.hand_over() for names, step in self._live.items()}, self._set_uids)
 
     # --- requests ---
 
@@ -84,6 +116,7 @@ class Host:
                 answer({"ok": True, "pid": step.pid, "at": None if step.abandoned else step.started_at})
                 return
             del self._live[place.run, place.index]
+            self.launcher.note_steps(len(self._live))
             os.unlink("claim", dir_fd=place.directory)
             os.close(place.directory)
             answer({"ok": False, "code": "failed", "error": problem})
@@ -103,6 +136,7 @@ class Host:
             os.unlink("claim", dir_fd=place.directory)
             raise
         self._live[place.run, place.index] = step
+        self.launcher.note_steps(len(self._live))
         self._watch_fence()
         return step
 
@@ -134,6 +168,8 @@ class Host:
             raise Refusal("spec", "uid_base and uid_count must make a range of uids above 0")
         shift = self._uids.take(base, count, self.policy.service[0]) if self.policy.is_root and count else 0
         self.policy = replace(self.policy, uid_base=base, uid_count=count, uid_shift=shift)
+        self._set_uids = base, count
+        self.bond.set_uids(base, count)
         self.trees.policy = self.policy
 
     def live(self) -> list[dict[str, Any]]:
@@ -183,6 +219,7 @@ class Host:
     def orphans_of(self, step: Step) -> set[int]:
         own = {self.launcher.pid, *self.trees.workers}
         orphans = {pid for pid in kill.children(os.getpid()) if pid not in self._mains and pid not in own}
+        orphans |= self._heirs.strays()
         orphans = {pid for pid in orphans if not kill.is_dead(pid)}
         if not orphans:
             return orphans
@@ -206,6 +243,9 @@ class Host:
 
     def closed(self, step: Step, remains: bool) -> None:
         del self._live[step.place.run, step.place.index]
+        self.launcher.note_steps(len(self._live))
+        if not remains:
+            self._heirs.closed(step)
         if remains and step.own_uid is not None:
             # In uninterruptible sleep, say: its uid goes to no other run before it is dead.
             say(f"{step.place.path}: processes of uid {step.own_uid} outlive SIGKILL")
@@ -213,7 +253,10 @@ class Host:
             self.loop.at(now() + _HAUNT_RETRY, self._exorcise)
 
     def _exorcise(self) -> None:
-        self._haunted = [step for step in self._haunted if self.orphans_of(step)]
+        still = [step for step in self._haunted if self.orphans_of(step)]
+        for step in set(self._haunted) - set(still):
+            self._heirs.closed(step)
+        self._haunted = still
         for step in self._haunted:
             if step.own_uid is not None:
                 kill.send_uid(step.own_uid, (signal.SIGKILL,))
@@ -228,9 +271,6 @@ class Host:
 
         A job that forks as fast as they are reaped must not keep this from killing it: the rest comes in the next turn.
         """
-        if self.launcher.has_died:
-            # Before its children: what it said of them last tells whose they are.
-            self.launcher.ended()
         for _ in range(_REAP_TURN):
             try:
                 info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -239,6 +279,10 @@ class Host:
             if info is None:
                 break
             step = self._mains.get(info.si_pid)
+            if step is None and self.launcher.has_died:
+                # Before its children: what it said of them last tells whose they are.
+                self.launcher.ended()
+                continue
             if step is not None:
                 step.exited(info.si_code, info.si_status)
             os.waitpid(info.si_pid, 0)
@@ -261,6 +305,17 @@ class Host:
         self.launcher.reap(pid)
         if step is not None:
             step.reaped()
+
+    def _find_begun(self, order: Order) -> int | None:
+        """The process of an order whose launcher died before it could tell: the job itself may have killed it. It began
+        a session, and is the first of its job's. What has the launcher's name yet will never be more than that."""
+        step = self._live[order[0]]
+        found = []
+        for pid in kill.children(os.getpid()) - {*self._mains, *self.trees.workers, self.launcher.pid}:
+            is_own = kill.carries(pid, step.spec.token) if step.own_uid is None else step.own_uid in kill.uids(pid)
+            if is_own and kill.session(pid) == pid and kill.name_of(pid) != LAUNCHER:
+                found.append((kill.start_time(pid), pid))
+        return min(found)[1] if found else None
 
     # --- the fence ---
 

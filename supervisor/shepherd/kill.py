@@ -13,6 +13,7 @@ import signal
 
 _UNUSED_UID = 0xFFFFFFFE
 _PIECE = 1 << 16
+_PF_EXITING = 0x4
 
 
 def children(pid: int) -> set[int]:
@@ -58,10 +59,33 @@ def stat(pid: int) -> list[bytes]:
     return data[data.rindex(b")") + 2 :].split() if data else []
 
 
+def parent(pid: int) -> int:
+    """0: it is gone."""
+    fields = stat(pid)
+    return int(fields[1]) if fields else 0
+
+
+def session(pid: int) -> int:
+    """A zombie has one still. 0: it is gone."""
+    fields = stat(pid)
+    return int(fields[3]) if fields else 0
+
+
+def name_of(pid: int) -> str:
+    """Empty: it is gone."""
+    return _read(f"/proc/{pid}/comm").decode(errors="replace").rstrip("\n")
+
+
 def is_dead(pid: int) -> bool:
     """Gone, or a zombie that waits for its parent."""
     fields = stat(pid)
     return not fields or fields[0] in (b"Z", b"X")
+
+
+def is_exiting(pid: int) -> bool:
+    """On its way out, or gone: it gets no new children."""
+    fields = stat(pid)
+    return not fields or bool(int(fields[6]) & _PF_EXITING)
 
 
 def carries(pid: int, token: str) -> bool:

@@ -6,14 +6,20 @@ over, which a dead network file system can draw out for ever. Neither is for the
 process could kill whoever has its uid, and nothing may hold up the fence. So it is done by a child of the shepherd's
 that can be lost: it holds nothing. It is the parent of the steps' main processes and leaves them as the kernel keeps
 them until the shepherd has written down how they ended; when it dies they are the shepherd's, which is a subreaper, and
-the shepherd makes another one. A step that was being started just then is a loss.
+the shepherd makes another one, which starts what this one had not begun to. The step that was being started just then
+may be among the children that were left; if it isn't, it is a loss.
+
+When the shepherd dies it starts nothing more, and waits for the guardian to end it. If that is dead too, nobody watches
+the fence: it ends the steps at once, and becomes a new shepherd, which ends whatever else is left of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import marshal
+import mmap
 import os
+import resource
 import select
 import signal
 import socket
@@ -23,13 +29,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from supervisor.shepherd import linux
+from supervisor.shepherd import kill, linux
 from supervisor.shepherd.files import Refusal, StateDirectory, say
 from supervisor.shepherd.loop import Loop, now
 from supervisor.shepherd.output import FIFOS
 from supervisor.shepherd.spawn import CantExecute, Order, Spawner, fork_quietly, reset_signals
 
+LAUNCHER = "bsup-launcher"
 _LENGTH = struct.Struct("<I")
+_NUMBER = struct.Struct("<Q")
 _PIECE = 1 << 16
 _PATIENCE = 10.0
 _LOOK = 1.0
@@ -44,19 +52,72 @@ Outcome = Spawned | CantExecute | OSError | None
 """What became of an order; OSError: there can be no process now; None: nobody knows, it may run."""
 
 
+@dataclass(frozen=True)
+class Charter:
+    """What a launcher is given. ``files``: the limit of open files the steps are to have; ``guardian``: its pid;
+    ``command``: what begins a shepherd in the background, if this is one."""
+
+    files: tuple[int, int]
+    guardian: int
+    command: tuple[str, ...] | None
+
+
+class _Shared:
+    """A page of memory that both sides see, and that outlives either: the order that is being done, and how many steps
+    there are."""
+
+    def __init__(self) -> None:
+        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+
+    @property
+    def order(self) -> int:
+        return int(_NUMBER.unpack_from(self._page)[0])
+
+    @order.setter
+    def order(self, number: int) -> None:
+        """The launcher's to write, while there is one."""
+        _NUMBER.pack_into(self._page, 0, number)
+
+    @property
+    def steps(self) -> int:
+        return int(_NUMBER.unpack_from(self._page, _NUMBER.size)[0])
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        """The shepherd's to write."""
+        _NUMBER.pack_into(self._page, _NUMBER.size, count)
+
+
+@dataclass
+class _Asked:
+    order: Order
+    at: float
+    answer: Callable[[Outcome], None]
+
+
 class Launcher:
     """The shepherd's side. ``on_exit(pid, code, status)`` is told of each end, as ``waitid`` says it; ``reap`` is to be
-    called once that is on disk."""
+    called once that is on disk. ``find``: a process that was begun by an order, among the shepherd's children.
+    ``before``: called before orders are sent."""
 
     def __init__(
-        self, loop: Loop, state: StateDirectory, files: tuple[int, int], on_exit: Callable[[int, int, int], None]
+        self,
+        loop: Loop,
+        state: StateDirectory,
+        charter: Charter,
+        on_exit: Callable[[int, int, int], None],
+        find: Callable[[Order], int | None],
+        before: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._state = state
-        self._files = files
+        self._charter = charter
         self._on_exit = on_exit
-        self._orders: dict[int, tuple[float, Callable[[Outcome], None]]] = {}
+        self._find = find
+        self._before = before
+        self._orders: dict[int, _Asked] = {}
         self._last = 0
+        self._shared = _Shared()
         self._out = bytearray()
         self._in = _Messages()
         self._link: socket.socket
@@ -66,7 +127,7 @@ class Launcher:
 
     def spawn(self, order: Order, answer: Callable[[Outcome], None]) -> None:
         self._last += 1
-        self._orders[self._last] = now(), answer
+        self._orders[self._last] = _Asked(order, now(), answer)
         self._send("spawn", self._last, order)
 
     def reap(self, pid: int) -> None:
@@ -83,20 +144,37 @@ class Launcher:
         self._read()
         self._loop.unwatch(self._link.fileno())
         self._link.close()
-        lost, self._orders = self._orders, {}
+        unanswered, self._orders = self._orders, {}
+        begun = self._shared.order
         self._out.clear()
         self._in = _Messages()
         self._begin()
-        for _, answer in lost.values():
-            answer(None)
+        for number, asked in unanswered.items():
+            if number > begun:
+                self.spawn(asked.order, asked.answer)
+            else:
+                pid = self._find(asked.order)
+                asked.answer(None if pid is None else Spawned(pid))
+
+    def note_steps(self, count: int) -> None:
+        """So that it knows, when there is no shepherd any more, whether there is anything to end."""
+        self._shared.steps = count
+
+    def close(self) -> None:
+        """For good. What it was the parent of is the shepherd's."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self._loop.unwatch(self._link.fileno())
+        self._link.close()
 
     def _begin(self) -> None:
         self._link, theirs = socket.socketpair()
+        self._shared.order = self._last
         shepherd = os.getpid()
         pid = fork_quietly()
         if pid == 0:
             self._link.close()
-            _run(theirs, self._state, self._files, shepherd)
+            _run(theirs, self._state, self._charter, self._shared, shepherd)
         theirs.close()
         self.pid = pid
         self._link.setblocking(False)
@@ -104,7 +182,7 @@ class Launcher:
 
     def _look(self) -> None:
         """One that hangs is of no use, and may never go on."""
-        oldest = min((asked for asked, _ in self._orders.values()), default=now())
+        oldest = min((asked.at for asked in self._orders.values()), default=now())
         if now() - oldest > _PATIENCE:
             say(f"launcher {self.pid} does not get on: killing it")
             with contextlib.suppress(ProcessLookupError):
@@ -117,6 +195,7 @@ class Launcher:
         self._out += _packed(message)
 
     def _flush(self) -> None:
+        self._before()
         try:
             while self._out:
                 del self._out[: self._link.send(self._out)]
@@ -153,14 +232,14 @@ class Launcher:
             self._on_exit(*what)
             return
         number, *rest = what
-        _, answer = self._orders.pop(number)
+        asked = self._orders.pop(number)
         match kind:
             case "spawned":
-                answer(Spawned(*rest))
+                asked.answer(Spawned(*rest))
             case "cant":
-                answer(CantExecute(*rest))
+                asked.answer(CantExecute(*rest))
             case _:
-                answer(OSError(*rest))
+                asked.answer(OSError(*rest))
 
 
 class _Messages:
@@ -189,27 +268,53 @@ def _packed(message: tuple[Any, ...]) -> bytes:
 # --- the launcher's own side ---
 
 
-def _run(link: socket.socket, state: StateDirectory, files: tuple[int, int], shepherd: int) -> NoReturn:
+def _run(link: socket.socket, state: StateDirectory, charter: Charter, shared: _Shared, shepherd: int) -> NoReturn:
     try:
         reset_signals()
         # A terminal's signals are for the shepherd to take.
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
             signal.signal(number, signal.SIG_IGN)
-        linux.die_with_parent(signal.SIGKILL)
-        linux.name_process("bsup-launcher")
-        if os.getppid() == shepherd:
-            _close_all_but({0, 1, 2, link.fileno(), *state.fds})
-            _Side(link, state, files).run()
+        linux.name_process(LAUNCHER)
+        _close_all_but({0, 1, 2, link.fileno(), *state.fds})
+        above = [handle for pid in (shepherd, charter.guardian) if (handle := _handle_of(pid)) is not None]
+        _Side(link, state, charter.files, shared, shepherd).run()
+        for handle in above:
+            select.select([handle], [], [])
+        if shared.steps:
+            _end_all(charter)
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(1)
 
 
+def _handle_of(pid: int) -> int | None:
+    """Readable when it is dead; None: it is gone."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _end_all(charter: Charter) -> None:
+    """The shepherd and its guardian are dead: at once, as nobody watches the fence. What isn't below this process, the
+    next shepherd finds."""
+    say("the shepherd and its guardian are gone: ending all steps")
+    for _ in range(2):
+        kill.send(kill.tree({os.getpid()}) - {os.getpid()}, signal.SIGKILL)
+    if charter.command is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, charter.files)
+        os.execv(charter.command[0], charter.command)
+
+
 class _Side:
-    def __init__(self, link: socket.socket, state: StateDirectory, files: tuple[int, int]) -> None:
+    def __init__(
+        self, link: socket.socket, state: StateDirectory, files: tuple[int, int], shared: _Shared, shepherd: int
+    ) -> None:
         self._link = link
         self._state = state
+        self._shared = shared
+        self._shepherd = shepherd
         self._spawner = Spawner(state.fd, files)
         self._children: dict[int, int] = {}
         self._ready = select.epoll()
@@ -223,10 +328,15 @@ class _Side:
                 if fd != self._link.fileno():
                     self._tell_end(fd)
                     continue
-                data = self._link.recv(_PIECE)
+                try:
+                    data = self._link.recv(_PIECE)
+                except ConnectionError:
+                    return
                 if not data:
                     return
                 for kind, *what in messages.take(data):
+                    if os.getppid() != self._shepherd:
+                        return
                     if kind == "spawn":
                         self._spawn(*what)
                     else:
@@ -234,6 +344,7 @@ class _Side:
 
     def _spawn(self, number: int, order: Order) -> None:
         made: list[int] = []
+        self._shared.order = number
         try:
             run, index = order[0]
             directory = self._state.open("runs", run, index)
@@ -273,7 +384,8 @@ class _Side:
             os.waitpid(pid, 0)
 
     def _send(self, *message: Any) -> None:
-        self._link.sendall(_packed(message))
+        with contextlib.suppress(ConnectionError):  # the shepherd is gone: ``run`` sees it
+            self._link.sendall(_packed(message))
 
 
 def _close_all_but(kept: set[int]) -> None:

@@ -33,6 +33,7 @@ _PIPE = 1 << 16
 _WIDE = 1 << 20
 _REFUSES_SPLICE = {errno.EINVAL, errno.ENOSYS}
 _NOW = os.SPLICE_F_NONBLOCK
+_EXISTING = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 class Channel:
@@ -41,9 +42,9 @@ class Channel:
     ``file`` is None until there are bytes. ``before_close`` is called with the FIFO.
     """
 
-    def __init__(self, number: int, fifo: int, file: int | None = None) -> None:
+    def __init__(self, number: int, fifo: int | None, file: int | None = None) -> None:
         self.number = number
-        self.fifo: int | None = fifo
+        self.fifo = fifo
         self.file = file
         self.size = 0 if file is None else os.fstat(file).st_size
         self.dropped = 0
@@ -111,24 +112,35 @@ class Output:
     @classmethod
     def reopen(cls, state: StateDirectory, directory: int) -> Output | None:
         """The output of a step whose shepherd died: takes what is in the FIFOs still. None if it had none."""
-        flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        opened: list[int | None] = []
+        fifos: list[int] = []
         try:
             for name in FIFOS:
-                opened.append(os.open(name, os.O_RDONLY | flags, dir_fd=directory))
+                fifos.append(os.open(name, os.O_RDONLY | _EXISTING, dir_fd=directory))
+            return cls.resume(state, directory, (fifos[0], fifos[1]), 1 << 62)
+        except OSError:
+            for fd in fifos:
+                os.close(fd)
+            return None
+
+    @classmethod
+    def resume(cls, state: StateDirectory, directory: int, fifos: tuple[int, int], limit: int) -> Output:
+        """Goes on where another shepherd was ended. ``fifos``: -1 for one that was closed; taken only if nothing is
+        raised. Raises OSError."""
+        files: list[int | None] = []
+        try:
             for name, mode in (("out", os.O_WRONLY), ("err", os.O_WRONLY), ("idx", os.O_RDWR)):
                 try:
-                    opened.append(os.open(name, mode | flags, dir_fd=directory))
+                    files.append(os.open(name, mode | _EXISTING, dir_fd=directory))
                 except FileNotFoundError:
-                    opened.append(None)
+                    files.append(None)
         except OSError:
-            for fd in opened:
+            for fd in files:
                 if fd is not None:
                     os.close(fd)
-            return None
-        fifo_out, fifo_err, out, err, index = opened
-        assert fifo_out is not None and fifo_err is not None
-        output = cls(state, directory, Channel(1, fifo_out, out), Channel(2, fifo_err, err), 1 << 62)
+            raise
+        out, err, index = files
+        ends = [None if fd < 0 else fd for fd in fifos]
+        output = cls(state, directory, Channel(1, ends[0], out), Channel(2, ends[1], err), limit)
         if index is not None:
             output._index = index
             output._index_size = os.fstat(index).st_size // RECORD.size * RECORD.size
@@ -173,6 +185,14 @@ class Output:
             left = most
             while left > 0 and self.pump(channel):
                 left -= _TURN
+
+    def hand_over(self) -> tuple[int, int]:
+        """Closes all but the FIFOs, which are the caller's from here on (-1: it is closed)."""
+        ends = []
+        for channel in self.channels:
+            ends.append(-1 if channel.fifo is None else os.dup(channel.fifo))
+        self.close()
+        return ends[0], ends[1]
 
     def close(self) -> None:
         self._write_index()

@@ -182,6 +182,7 @@ class Server:
         return {
             "protocol": PROTOCOL,
             "pid": os.getpid(),
+            "guardian": self._host.bond.guardian,
             "boot_id": self._host.boot_id,
             "started_at": self._started_at,
             **self._uids(),

@@ -53,6 +53,9 @@ class _Spares:
             if name.startswith((self.prefix, ".")):
                 remove_tree(self._directory, name)
 
+    def close(self) -> None:
+        os.close(self._directory)
+
     def keep(self, name: str) -> bool:
         """Undoes what has this name, and keeps it; False: it is to be removed, as there is more to it."""
         if len(self._names) >= _MOST:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from supervisor.shepherd import kill
+from supervisor.shepherd.bond import Bond, Names
 from supervisor.shepherd.files import PromisedFile, Refusal, StateDirectory, say
 from supervisor.shepherd.launcher import Launcher, Outcome, Spawned
 from supervisor.shepherd.loop import Loop, now
@@ -31,6 +32,8 @@ _DISK_RETRY = 1.0
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _STARTED_SIZE = 512
 _LONGEST_ERROR = 2000
+STOPPING = "stopping"
+"""Written when a step is asked to end: ``cause``, ``kill_at`` (CLOCK_BOOTTIME), and whether it is ``abandoned``."""
 _TERM = (signal.SIGTERM, signal.SIGCONT)
 _KILL = (signal.SIGKILL,)
 
@@ -41,6 +44,7 @@ class Ground(Protocol):
     loop: Loop
     state: StateDirectory
     launcher: Launcher
+    bond: Bond
     boot_id: str
 
     def orphans_of(self, step: Step) -> set[int]:
@@ -66,6 +70,18 @@ class Place:
     directory: int
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What is on disk of a step that another shepherd started. ``end``: its exit record; ``stopping``: as written."""
+
+    pid: int
+    start_time: int
+    at: float
+    at_boot: float
+    end: dict[str, Any] | None
+    stopping: dict[str, Any]
+
+
 class Step:
     """``pid``: the main process, None once it is reaped. ``cause``: why the step was ended from outside."""
 
@@ -74,6 +90,7 @@ class Step:
         self.spec = spec
         self.pid: int | None = None
         self.leader = 0
+        self._start_time: int | None = None
         self.started_at = time.time()
         self.cause: str | None = None
         self.abandoned = False
@@ -94,6 +111,10 @@ class Step:
     def own_uid(self) -> int | None:
         """The uid that is this step's run's alone; None: it shares one."""
         return self.spec.ids[0] if self.spec.ids and self.spec.own_uid else None
+
+    @property
+    def _names(self) -> Names:
+        return self.place.run, self.place.index
 
     @property
     def state(self) -> str:
@@ -117,18 +138,20 @@ class Step:
             self._undo()
             raise Refusal("failed", f"the step could not be started: {error.strerror}: {error.filename}") from error
         self._on_begun = begun
+        out, err = self._output.channels
+        assert out.fifo is not None and err.fifo is not None
+        self._ground.bond.hold(self._names, (out.fifo, err.fifo))
         self._ground.launcher.spawn(self._order(), self._on_outcome)
 
     def _order(self) -> Order:
-        spec, place = self.spec, self.place
+        spec = self.spec
         defaults = {
             "PATH": _DEFAULT_PATH,
             "HOME": f"{self._workspace}/home",
             "TMPDIR": "/tmp" if spec.private_tmp else f"{self._workspace}/tmp",
         }
         environment = {**defaults, **spec.env, "BSUP_RUN": spec.token}
-        names = place.run, place.index
-        return names, spec.argv, spec.cwd, environment, spec.ids, self._workspace, spec.private_tmp
+        return self._names, spec.argv, spec.cwd, environment, spec.ids, self._workspace, spec.private_tmp
 
     def _on_outcome(self, outcome: Outcome) -> None:
         assert self._on_begun is not None
@@ -191,8 +214,32 @@ class Step:
         self._write_exit()
         self.close()
 
+    def take_up(self, taken: Taken, fifos: tuple[int, int]) -> None:
+        """Goes on with what another shepherd started. Raises OSError; then ``fifos`` are the caller's still."""
+        self._output = Output.resume(self._ground.state, self.place.directory, fifos, self.spec.max_output)
+        self.pid = self.leader = taken.pid
+        self._start_time = taken.start_time
+        self.started_at = taken.at
+        self._exit, self._exit_written = taken.end, taken.end is not None
+        self._watch()
+        self.abandoned = taken.stopping.get("abandoned") is True
+        cause, kill_at = taken.stopping.get("cause"), taken.stopping.get("kill_at")
+        if isinstance(cause, str) and isinstance(kill_at, int | float):
+            self.cause, self._kill_at = cause, float(kill_at)
+            self._ground.loop.at(self._kill_at, self._on_kill_time)
+        if self.spec.timeout is not None:
+            self._ground.loop.at(taken.at_boot + self.spec.timeout, self._on_timeout)
+
+    def hand_over(self) -> tuple[int, int]:
+        """For a next shepherd to take up: its FIFOs. It is not to be used any more."""
+        self._promise.drop()
+        fifos = self._output.hand_over()
+        os.close(self.place.directory)
+        return fifos
+
     def _undo(self) -> None:
         self._promise.drop()
+        self._ground.bond.drop(self._names)
         if hasattr(self, "_output"):
             self._output.close()
         for name in FIFOS:
@@ -214,11 +261,15 @@ class Step:
         if self.cause is None or cause == "fence":
             self.cause = cause
         when = now() + (0.0 if at_once else grace)
-        if self._kill_at is None and when > now() and self.pid is not None:
-            self._signal(_TERM)
+        is_first = self._kill_at is None
         if self._kill_at is None or when < self._kill_at:
             self._kill_at = when
             self._ground.loop.at(when, self._on_kill_time)
+        with contextlib.suppress(OSError):  # the next shepherd would not know of it, then
+            record = {"cause": self.cause, "kill_at": self._kill_at, "abandoned": self.abandoned}
+            self._ground.state.write_json(self.place.directory, STOPPING, record)
+        if is_first and when > now() and self.pid is not None:
+            self._signal(_TERM)
 
     def abandon(self) -> None:
         """Kills it and writes no exit: the shepherd was told to end, and that is no fault of the job's (a loss)."""
@@ -247,9 +298,14 @@ class Step:
         if self.own_uid is not None:
             kill.send_uid(self.own_uid, numbers)
             return
-        found = kill.tree(({self.pid} if self.pid else set()) | self._ground.orphans_of(self))
+        found = kill.tree(({self.pid or 0} if self._has_main else set()) | self._ground.orphans_of(self))
         for number in numbers:
             kill.send(found, number)
+
+    @property
+    def _has_main(self) -> bool:
+        """A pid that the guardian may have reaped since is another process's soon."""
+        return self.pid is not None and self._start_time in (None, kill.start_time(self.pid))
 
     def marks(self, pid: int) -> bool:
         """Whether an orphan without a uid of its own is this step's, by what it inherited."""
@@ -262,20 +318,25 @@ class Step:
 
     # --- the end ---
 
-    def exited(self, code: int, status: int) -> None:
+    def exited(self, code: int, status: int, *, at: float | None = None, cause: str | None = None) -> None:
         """The main process is dead, as ``waitid`` says it, and not yet reaped: takes what it wrote, and writes down how
-        it ended."""
+        it ended. ``at``, ``cause``: where the guardian noted it."""
         self._output.drain()
         ended_itself = code == os.CLD_EXITED
         self._exit = {
             "exit_code": status if ended_itself else None,
             "signal": None if ended_itself else status,
-            "at": time.time(),
-            "cause": self.cause,
+            "at": time.time() if at is None else at,
+            "cause": cause or self.cause,
             "error": None,
         }
         self._exit.update(self._output.counts(), output_closed=not self._output.is_open)
         self._write_exit()
+
+    def lost(self) -> None:
+        """The main process is gone, and nobody knows how it ended."""
+        self.abandoned = True
+        self.reaped()
 
     def reaped(self) -> None:
         self.pid = None
@@ -300,6 +361,7 @@ class Step:
             return
         self._closing_since = None
         self._output.close()
+        self._ground.bond.drop(self._names)
         os.close(self.place.directory)
         self._ground.tell("closed", self)
         self._ground.closed(self, bool(remains))

@@ -1,9 +1,9 @@
-"""What a shepherd that died left behind: ended before any new work is taken. Standard library only; ``__main__`` calls
-it.
+"""What a shepherd that died left behind and nobody can go on with: ended before any new work is taken. Standard library
+only; ``__main__`` calls it.
 
-Its jobs' main processes died with it (PDEATHSIG); what those had started lives on, as children of init now, and nobody
-has an exit status. So each step that was claimed and never closed is killed by all its marks, what is left in its
-FIFOs is kept, and ``closed`` says ``gone`` where there is no ``exit``: a loss.
+Its guardian died too, say: the processes are children of init now, and nobody will have an exit status. So each step
+that was claimed, never closed and not taken up (``heirs``) is killed by all its marks, what is left in its FIFOs is
+kept, and ``closed`` says ``gone`` where there is no ``exit``: a loss.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 
 from supervisor.shepherd import kill
+from supervisor.shepherd.bond import Names
 from supervisor.shepherd.fence import boot_id
 from supervisor.shepherd.files import Refusal, StateDirectory, exists, read_json, say
 from supervisor.shepherd.output import FIFOS, Output
@@ -35,12 +36,13 @@ class _Left:
     output: Output | None
 
 
-def sweep(state: StateDirectory, policy: Policy, *, by_uid: bool) -> int:
+def sweep(state: StateDirectory, policy: Policy, go_on: set[Names], *, by_uid: bool) -> int:
     """Ends and closes all that was left; returns how many steps. Takes up to 5 s where processes are slow to die.
 
-    ``by_uid``: the host's uids are this shepherd's alone, and the same ones as before it.
+    ``go_on``: steps that were taken up. ``by_uid``: the host's uids are this shepherd's alone, and the same ones as
+    before it.
     """
-    left = _find(state, policy, by_uid)
+    left = _find(state, policy, go_on, by_uid)
     if not left:
         return 0
     say(f"a shepherd before this one left {len(left)} steps: ending them")
@@ -58,7 +60,7 @@ def sweep(state: StateDirectory, policy: Policy, *, by_uid: bool) -> int:
     return len(left)
 
 
-def _find(state: StateDirectory, policy: Policy, by_uid: bool) -> list[_Left]:
+def _find(state: StateDirectory, policy: Policy, go_on: set[Names], by_uid: bool) -> list[_Left]:
     left = []
     top = state.open("runs")
     runs = sorted(os.listdir(top))
@@ -73,7 +75,7 @@ def _find(state: StateDirectory, policy: Policy, by_uid: bool) -> list[_Left]:
         for index in steps:
             with contextlib.suppress(Refusal):
                 at = state.open("runs", run, index)
-                if exists(at, "claim") and not exists(at, "closed"):
+                if (run, index) not in go_on and exists(at, "claim") and not exists(at, "closed"):
                     left.append(_read(state, f"{state.path}/runs/{run}/{index}", at, policy, by_uid))
                 else:
                     os.close(at)

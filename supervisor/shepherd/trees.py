@@ -68,6 +68,16 @@ class Trees:
     def workers(self) -> Collection[int]:
         return self._workers.keys()
 
+    def close(self) -> None:
+        """Ends what is being done: whoever asked for it asks the next shepherd again."""
+        for pid in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for work in self._workers.values():
+            os.close(work.report)
+        self._spare_runs.close()
+        self._spare_workspaces.close()
+
     # --- making ---
 
     def prepare(self, path: object, files: object, workspace: object, uid: object) -> None:

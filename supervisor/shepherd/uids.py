@@ -2,8 +2,8 @@
 
 A job is killed by its uid, so two daemons on one machine, both with the default range, would kill each other's jobs,
 and read their files. A daemon counts in the range of its config; the shepherd moves that range to the first place that
-is free and takes it with record locks, a byte a uid, on one file of the machine. The kernel drops them when this
-process ends.
+is free and takes it with locks, a byte a uid, on one file of the machine. They belong to the open file, which the
+guardian has too: they last until both are gone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import struct
 
 from supervisor.shepherd.files import Refusal, StateDirectory, read_json, say
 
@@ -18,15 +19,24 @@ _LOCKS = "/run/bsup-uids.lock"
 _PLACES = 1000
 _LAST_UID = 0xFFFFFFF0
 _MEMORY = "uids"
+_LOCK = struct.Struct("hhqqi4x")  # flock(2)'s on 64-bit Linux
 
 
 class UidRanges:
-    """``shift`` is what is to be added to a uid of the config. Kept open: closing the file drops every lock on it."""
+    """``shift`` is what is to be added to a uid of the config. Made before any fork; ``open`` opens the file of locks,
+    which all that are forked share."""
 
     def __init__(self, state: StateDirectory, locks: str = _LOCKS) -> None:
         self._state = state
         self._path = locks
         self._locks = -1
+
+    def open(self) -> None:
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._locks = os.open(self._path, flags, 0o600)
+        except OSError as error:
+            say(f"{self._path}: {error.strerror}: another daemon on this machine must have another uid_base")
 
     @property
     def are_locked(self) -> bool:
@@ -35,12 +45,7 @@ class UidRanges:
     def take(self, base: int, count: int, service: int) -> int:
         """Returns the shift; the one of before, where that is free. Raises Refusal if no place is."""
         if self._locks < 0:
-            try:
-                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-                self._locks = os.open(self._path, flags, 0o600)
-            except OSError as error:
-                say(f"{self._path}: {error.strerror}: another daemon on this machine must have another uid_base")
-                return 0
+            return 0
         before = self.remembered(base, count)
         for shift in itertools.chain([] if before is None else [before], range(0, _PLACES * count, count)):
             first = base + shift
@@ -51,7 +56,7 @@ class UidRanges:
 
     def _lock(self, first: int, count: int) -> bool:
         try:
-            fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
+            fcntl.fcntl(self._locks, fcntl.F_OFD_SETLK, _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, first, count, 0))
         except OSError:
             return False
         return True

@@ -18,7 +18,7 @@ import pytest
 import stamps
 from harness import alive, until
 from plants import NOTHING, Plant, plant
-from world import PATIENT, Host, World
+from world import PATIENT, World
 
 from supervisor.model.errors import SessionRefused
 from supervisor.model.job import AttemptEnd, HostInfo, Lease, Outcome
@@ -181,7 +181,7 @@ def a_shepherd_dies_with_its_jobs(world: World, env: dict[str, str]) -> None:
     one = world.host("a", terms=PATIENT, env=env)
     job = world.run(gate=gate)
     pid = world.until_stamped(job).pid
-    _kill_shepherd(one)
+    one.kill_shepherd()
     os.kill(pid, signal.SIGKILL)
     until(lambda: world.state(job) != "running" or world.stamps_of(job)[-1].attempt == 2, "its end is noticed")
     gate.touch()
@@ -195,7 +195,7 @@ def a_pid_is_another_process_now(world: World, env: dict[str, str]) -> None:
     gone = world.run(gate=gate)
     stamp = world.until_stamped(gone)
     one.kill()
-    _kill_shepherd(one)
+    one.kill_shepherd()
     os.kill(stamp.pid, signal.SIGKILL)
     until(lambda: not alive(stamp.pid), "its job is dead")
     world.host("b", terms=PATIENT)
@@ -208,13 +208,6 @@ def a_pid_is_another_process_now(world: World, env: dict[str, str]) -> None:
     until(lambda: world.stamps_of(gone)[-1].attempt == 2, "the lost one runs again")
     gate.touch()
     world.settle()
-
-
-def _kill_shepherd(host: Host) -> None:
-    for pid in (host.guardian, host.shepherd):
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
-        until(lambda pid=pid: not alive(pid), "it is dead")  # type: ignore[misc]
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------

@@ -179,6 +179,25 @@ class Host(Daemon):
         """The shepherd's parent, if both live."""
         return parent_of(self.shepherd)
 
+    @property
+    def launcher(self) -> int | None:
+        """The parent of the jobs' processes, a child of the shepherd's."""
+        with contextlib.suppress(OSError):
+            for word in Path(f"/proc/{self.shepherd}/task/{self.shepherd}/children").read_text().split():
+                if Path(f"/proc/{word}/comm").read_text() == "bsup-launcher\n":
+                    return int(word)
+        return None
+
+    def kill_shepherd(self, *who: str) -> None:
+        """Kills those of ``guardian``, ``shepherd`` and ``launcher`` that are named (none: all three) at the same
+        moment: no other sees it first."""
+        names = who or ("guardian", "shepherd", "launcher")
+        pids = [pid for name in names if (pid := getattr(self, name)) is not None]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                _signal(pid, number)
+        until(lambda: not any(map(alive, pids)), f"dead: {', '.join(names)}")
+
     def end(self) -> None:
         """Ends the daemon, the shepherd with its jobs, and the guardian."""
         if self.process is not None and self.process.poll() is None:
@@ -191,8 +210,7 @@ class Host(Daemon):
         try:
             until(lambda: not any(map(alive, pids)), "the shepherd leaves", 15)
         except AssertionError:
-            for pid in pids:
-                _signal(pid, signal.SIGKILL)
+            self.kill_shepherd()
 
 
 class World:

@@ -169,7 +169,7 @@ async def test_another_client_takes_a_running_step_up_again(ground: Ground) -> N
     assert (await ground.client.status())["pid"] == before
 
 
-async def test_a_killed_shepherd_is_replaced_and_its_steps_are_gone(ground: Ground) -> None:
+async def test_a_killed_shepherd_is_replaced_and_its_steps_go_on(ground: Ground) -> None:
     step = ground.step("sleep 1000")
     await ground.client.start_step(step)
     started = handles.read_started(step)
@@ -177,11 +177,27 @@ async def test_a_killed_shepherd_is_replaced_and_its_steps_are_gone(ground: Grou
     shepherd = (await ground.client.status())["pid"]
     os.kill(shepherd, signal.SIGKILL)
     await ground.until(lambda: ("reconnected", None) in ground.hints)
+    assert handles.is_running(started)
+    status = await ground.client.status()
+    assert status["pid"] != shepherd
+    assert [live["dir"] for live in status["live"]] == [str(step)]
+
+
+async def test_with_its_guardian_its_steps_are_gone(ground: Ground) -> None:
+    step = ground.step("sleep 1000")
+    await ground.client.start_step(step)
+    started = handles.read_started(step)
+    assert started is not None
+    status = await ground.client.status()
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in (status["pid"], status["guardian"]):
+            os.kill(pid, number)
+    await ground.until(lambda: ("reconnected", None) in ground.hints)
     closed = handles.read_closed(step)
     assert closed is not None and closed.gone
     assert handles.read_exit(step) is None
     assert not handles.is_running(started)
-    assert (await ground.client.status())["pid"] != shepherd
+    assert (await ground.client.status())["pid"] != status["pid"]
 
 
 async def test_requests_that_lose_their_connection_are_asked_again(ground: Ground) -> None:

@@ -313,12 +313,26 @@ async def test_adopting_what_is_not_here(bench: Bench) -> None:
     assert await bench.runner.adopt(lease_of(job(sh("true"))).id, Ends().tell) is None
 
 
-async def test_shepherd_killed_is_a_loss(bench: Bench) -> None:
+async def test_a_job_goes_on_when_the_shepherd_is_killed(bench: Bench) -> None:
+    lease, ends = lease_of(job(sh("until [ -e ../go ]; do sleep 0.01; done; exit 7"))), Ends()
+    await bench.runner.prepare(lease)
+    await bench.runner.start(lease.id, 0, ends.tell)
+    status = await bench.client.status()
+    os.kill(int(status["pid"]), signal.SIGKILL)
+    with anyio.fail_after(30):
+        assert (await bench.client.status())["pid"] != status["pid"]
+    (bench.workspace(lease) / "go").touch()
+    assert (await ends.of(0)).exit_code == 7
+
+
+async def test_shepherd_and_guardian_killed_is_a_loss(bench: Bench) -> None:
     """Nobody saw how it ended: ``gone``, never an exit code that was made up."""
     lease, ends = lease_of(job(sh("sleep 1000"))), Ends()
     await bench.runner.prepare(lease)
     await bench.runner.start(lease.id, 0, ends.tell)
     status = await bench.client.status()
-    os.kill(int(status["pid"]), signal.SIGKILL)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in (int(status["pid"]), int(status["guardian"])):
+            os.kill(pid, number)
     end = await ends.of(0)
     assert (end.cause, end.exit_code, end.signal) == ("gone", None, None)

@@ -57,4 +57,4 @@ def _checked(yard: Yard) -> Iterator[Yard]:
     assert yard.link.ask(do="status")["live"] == []
     # The launcher reaps a moment after the shepherd has said that all is over.
     until(lambda: children(yard.pid) == [], "no process is left")
-    assert open_files(yard.pid) == before
+    until(lambda: open_files(yard.pid) == before, "no descriptor is left")

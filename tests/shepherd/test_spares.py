@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from yard import Ended, Yard, end, until
+from yard import Ended, Yard, end, open_files, until
 
 
 def prepare(yard: Yard, command: str, run: str, number: int = 0, files: dict[str, str] | None = None) -> Path:
@@ -34,6 +34,7 @@ def run(yard: Yard, command: str, run: str, number: int = 0) -> Ended:
 
 
 def remove(yard: Yard, run: str) -> None:
+    until(lambda: "fifo.out" not in " ".join(open_files(yard.guardian)), "the guardian has let go of its output")
     paths = [str(yard.state / "work" / run), str(yard.state / "runs" / run)]
     assert yard.link.ask(do="remove", path=paths)["ok"]
     assert not (yard.state / "work" / run).exists() and not (yard.state / "runs" / run).exists()

@@ -1,14 +1,14 @@
-"""The shepherd itself is killed: the next one ends what was left, keeps its output, and says that the ends are lost."""
+"""Shepherd, guardian and launcher are killed at once: the next shepherd ends what was left, keeps its output, and says
+that the ends are lost."""
 
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 from collections.abc import Callable
 
 import pytest
-from yard import RECORD, Ended, Yard, end, is_alive, until
+from yard import RECORD, Ended, Yard, is_alive, until
 
 from supervisor.shepherd.fence import boot_id
 
@@ -21,11 +21,10 @@ def unchecked(request: pytest.FixtureRequest, make_yard: Callable[..., Yard]) ->
 
 
 def kill_shepherd(yard: Yard) -> None:
-    yard.link.close()
-    end(yard.pid, signal.SIGKILL)
+    yard.kill("shepherd", "guardian", "launcher")
 
 
-def test_main_processes_die_with_it_and_their_children_at_the_next_start(unchecked: Yard) -> None:
+def test_what_lives_of_its_steps_dies_at_the_next_start(unchecked: Yard) -> None:
     yard = unchecked
     step = yard.start(
         "trap '' TERM; echo $$ > $WORDS;"

@@ -33,12 +33,20 @@ IS_ROOT = os.geteuid() == 0
 
 
 class Yard:
-    """``with_uids``: jobs have uids of their own (root only). ``as_uid``: whom the shepherd runs as."""
+    """``with_uids``: jobs have uids of their own (root only). ``as_uid``: whom the shepherd runs as. ``program``: where
+    it is."""
 
     def __init__(
-        self, state: Path, *, with_uids: bool = IS_ROOT, linger: float = 20.0, as_uid: int | None = None
+        self,
+        state: Path,
+        *,
+        with_uids: bool = IS_ROOT,
+        linger: float = 20.0,
+        as_uid: int | None = None,
+        program: Path = SHEPHERD,
     ) -> None:
         self.state = state
+        self.program = program
         self.as_uid = as_uid
         self.with_uids = with_uids
         self.linger = linger
@@ -57,7 +65,7 @@ class Yard:
         options = ["--detach", f"--state={self.state}", f"--linger={self.linger}"]
         options += [f"--uid-base={self.uid_base}", f"--uid-count={UID_COUNT if self.with_uids else 0}"]
         if self.as_uid is None:
-            subprocess.run([sys.executable, "-I", "-S", str(SHEPHERD), *options], check=True, timeout=PATIENCE)
+            subprocess.run([sys.executable, "-I", "-S", str(self.program), *options], check=True, timeout=PATIENCE)
         else:
             self._launch_as(self.as_uid, options)
         return self.pid
@@ -79,6 +87,42 @@ class Yard:
     @property
     def pid(self) -> int:
         return int((self.state / "shepherd.pid").read_text())
+
+    @property
+    def guardian(self) -> int:
+        return parent(self.pid)
+
+    def kill(self, *who: str) -> list[int]:
+        """Kills those of ``guardian``, ``shepherd`` and ``launcher`` that are named, at the same moment: none of them
+        sees another's death. Returns their pids."""
+        found = {"shepherd": self.pid, "guardian": self.guardian, "launcher": launcher(self.pid)}
+        pids = [found[each] for each in who]
+        self.link.close()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        for pid in pids:
+            until(lambda pid=pid: state_of(pid) == "T", "it stands still")  # type: ignore[misc]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):  # the guardian may have been faster
+                os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            until(lambda pid=pid: not is_alive(pid), "it is dead")  # type: ignore[misc]
+        return pids
+
+    def until_served(self, but: int) -> int:
+        """Until a shepherd listens that is not this one: its pid."""
+
+        def serves() -> bool:
+            link = Link(self.state, self.as_uid)
+            try:
+                return self.pid != but and bool(link.ask(do="status")["pid"] == self.pid)
+            except (OSError, ValueError):
+                return False
+            finally:
+                link.close()
+
+        until(serves, "another shepherd serves")
+        return self.pid
 
     def _make_fifo(self, name: str) -> int:
         path = self.state / name
@@ -287,11 +331,23 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 def is_alive(pid: int) -> bool:
     """False for a zombie too."""
+    return state_of(pid) not in ("Z", "X", "")
+
+
+def state_of(pid: int) -> str:
+    """As /proc says; empty: it is gone."""
+    return _stat(pid)[0]
+
+
+def parent(pid: int) -> int:
+    return int(_stat(pid)[1] or 0)
+
+
+def _stat(pid: int) -> list[str]:
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in ("Z", "X")
+        return ["", ""]
 
 
 def children(pid: int) -> list[int]:
@@ -302,9 +358,16 @@ def children(pid: int) -> list[int]:
 
 
 def launcher(shepherd: int) -> int:
-    found = [int(word) for word in Path(f"/proc/{shepherd}/task/{shepherd}/children").read_text().split()]
-    (pid,) = (each for each in found if Path(f"/proc/{each}/comm").read_text() == "bsup-launcher\n")
-    return pid
+    named: list[int] = []
+
+    def is_there() -> bool:
+        """It has its name a moment after it is made."""
+        found = [int(word) for word in Path(f"/proc/{shepherd}/task/{shepherd}/children").read_text().split()]
+        named[:] = [each for each in found if Path(f"/proc/{each}/comm").read_text() == "bsup-launcher\n"]
+        return bool(named)
+
+    until(is_there, "it has a launcher")
+    return named[0]
 
 
 def open_files(pid: int) -> list[str]:
