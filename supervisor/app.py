@@ -50,6 +50,7 @@ from supervisor.store import embedded
 from supervisor.store.dsn import parse, safe_dsn
 from supervisor.store.migrate import ensure_schema
 from supervisor.store.pg import PgStore
+from supervisor.watchdog import Watchdog
 
 log = logging.getLogger("supervisor.app")
 
@@ -188,7 +189,8 @@ class _Daemon:
         # Before anything else is begun: where another daemon listens, this one must not take a session and jobs first.
         self._listener = listen(settings.control.socket)
         try:
-            return await self._run(settings)
+            with Watchdog(settings.supervision.blocked_after):
+                return await self._run(settings)
         finally:
             if self._listener is not None:
                 self._listener.close()

@@ -112,6 +112,14 @@ class Shutdown(Section, frozen=True):
     drain: Annotated[float, _duration('a duration of "0s" to "7d"', 0.0, 7 * _DAY)] = 600.0
 
 
+class Supervision(Section, frozen=True):
+    """When the daemon is given up by itself, for the next one to take over."""
+
+    blocked_after: Annotated[
+        float | None, _duration('"none", or a duration of "1s" to "1h"', 1.0, 3600.0, none=True)
+    ] = 60.0
+
+
 class StateDirectory(Section, frozen=True):
     """What outlives the daemon on this host. Empty is "auto" until ``resolve``."""
 
@@ -216,6 +224,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     database: Database = Database()
     lease: LeaseTerms = LeaseTerms()
     shutdown: Shutdown = Shutdown()
+    supervision: Supervision = Supervision()
     state: StateDirectory = StateDirectory()
     control: Control = Control()
     roles: Roles = Roles()
