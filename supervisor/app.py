@@ -40,6 +40,7 @@ from supervisor.notify import SystemdNotifier
 from supervisor.ports import SessionGrant
 from supervisor.runners.fence import FenceFile
 from supervisor.runners.handles import boot_id
+from supervisor.runners.host_room import StateRoom
 from supervisor.runners.in_process import InProcessRunner
 from supervisor.runners.run_files import HostCredential, StepsSettings
 from supervisor.runners.session_file import StateSessionFile, lock_state
@@ -213,6 +214,7 @@ class _Daemon:
             log.warning("this state directory is a copy of another's: that one's session and runs are in %s", aside)
         uids = _uid_count(settings)
         client = ShepherdClient(self._state, uid_base=settings.jobs.uid_base, uid_count=uids)
+        self._room = StateRoom(self._state, settings.state.min_free)
         fence = FenceFile(self._state, guard_patience=min(GUARD_PATIENCE, settings.lease.margin / 3))
         self._in_process = InProcessRunner(
             handlers, guard=fence.guard, fence_in=fence.left, timeout=settings.jobs.timeout
@@ -288,6 +290,7 @@ class _Daemon:
             notifier=SystemdNotifier(),
             control=lambda: self._control(store, book),
             reload=self._reload,
+            room=self._room,
         )
 
     def _control(self, store: PgStore, book: LogBook) -> ControlActor:
@@ -364,6 +367,7 @@ class _Daemon:
         self._settings = kept
         self._runner.settings = fresh
         self._in_process.timeout = kept.jobs.timeout
+        self._room.min_free = kept.state.min_free
         journal.set_up(kept.log.level, kept.log.format, SecretSet(secret_values({}, {}, self._secrets)).text)
         if limits_of(kept) != limits_of(before):
             self._addresses.root.tell(limits_of(kept), Lane.CONTROL)
@@ -391,6 +395,7 @@ RELOADABLE: Final = frozenset(
         "host.memory",
         "database.poll",
         "shutdown.on_term",
+        "state.min_free",
         "jobs.grace",
         "jobs.timeout",
         "jobs.keep_workspace",

@@ -423,6 +423,14 @@ class LogReader(Protocol):
         ...
 
 
+class HostRoom(Protocol):
+    """Whether this host has what any job needs beyond what it asks for: room on its disk, open files."""
+
+    def lacking(self) -> str | None:
+        """What is short, in words; None: nothing is. Cheap, and without waiting: asked before each claim."""
+        ...
+
+
 class Fence(Protocol):
     """The fence file, outside the daemon."""
 

@@ -53,7 +53,7 @@ TURN = 64
 class Claimer:
     """``free``: the room now; ``take``: a new lease; ``reconcile``: raises what the store raises; ``on_refused``: a
     session is gone; ``on_paused``: no claim is under way, and none will be while it is paused; ``hears``: wake-ups
-    come."""
+    come; ``lacking``: why the host can't take any job now, whatever room ``free`` says there is."""
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class Claimer:
         on_paused: Callable[[], None],
         rng: Random,
         hears: Callable[[], bool] = lambda: False,
+        lacking: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._store = store
         self._on_paused = on_paused
@@ -90,6 +91,9 @@ class Claimer:
         self._needs_read = -math.inf
         self._idle = False
         self._hears = hears
+        self._look = lacking
+        self.lacking: str | None = None
+        """What the host is short of, as of the last turn: it takes nothing, and looks again at each poll."""
         self._idle_since = 0.0
         self._rested = -math.inf
         """When it last waited with nothing to do."""
@@ -191,7 +195,8 @@ class Claimer:
         free = self._free()
         if self.paused:
             self._on_paused()
-        if self.paused or free.slots == 0:
+        self._look_for_room()
+        if self.paused or self.lacking is not None or free.slots == 0:
             await self._say_idle(me, False)
             return False
         if self._has_more and self._slots > GATHERED_ABOVE and free.slots < self._slots // 4:
@@ -219,6 +224,13 @@ class Claimer:
         await self._say_idle(me, True)
         self._needs_stale = True
         return True
+
+    def _look_for_room(self) -> None:
+        before, self.lacking = self.lacking, self._look()
+        if before is None and self.lacking is not None:
+            log.warning("no leases are taken: %s", self.lacking)
+        elif before is not None and self.lacking is None:
+            log.info("leases are taken again")
 
     async def _claim(self, me: Me, free: Free) -> int:
         """Claims what fits; while a claim is answered in full, there is room, and nothing else is to be done, the next
@@ -265,6 +277,7 @@ class Claimer:
             or self._idle
             or self._are_needs_overdue
             or self._me != me
+            or self._look() is not None
         )
 
     @property

@@ -69,7 +69,7 @@ from supervisor.model.attempt_words import Crashed, Fenced, LeaseGone, Recorded,
 from supervisor.model.attempt_words import Refused as EndRefused
 from supervisor.model.errors import BsupError, Busy
 from supervisor.model.job import Lease, LeaseId, Me
-from supervisor.ports import Runner, Store, Verdict
+from supervisor.ports import HostRoom, Runner, Store, Verdict
 
 log = logging.getLogger("supervisor.dispatcher")
 
@@ -98,6 +98,7 @@ class Dispatcher:
         host: Reconfigure,
         stall_after: float,
         rng: Random,
+        room: HostRoom | None = None,
         paused: bool = False,
     ) -> None:
         self.mailbox = mailbox
@@ -142,6 +143,7 @@ class Dispatcher:
             on_refused=self._on_refused,
             on_paused=self._check_empty,
             hears=lambda: store.health().listening,
+            lacking=lambda: None if room is None else room.lacking(),
             rng=rng,
         )
         self._claimer.paused = paused
@@ -265,6 +267,7 @@ class Dispatcher:
             "ending": len(self._ledger) - self._ledger.alive(),
             "ends_waiting": self._outbox.depth,
             "draining": self._claimer.paused,
+            "lacking": self._claimer.lacking,
             "reconciled": self._reconciler.is_reconciled,
             "needs_served": self._claimer.needs,
             "being_removed": self._reconciler.burials,
@@ -276,6 +279,8 @@ class Dispatcher:
             problems.append("this host is draining, then its daemon ends: it takes no new jobs")
         elif self._claimer.paused:
             problems.append("this host is draining: it takes no new jobs; `bsup resume` ends that")
+        if self._claimer.lacking is not None:
+            problems.append(f"this host takes no new jobs: {self._claimer.lacking}")
         if self._reconciler.is_killing:
             problems.append("processes of jobs whose lease is gone are being killed")
         return Status(facts=facts, problems=problems)

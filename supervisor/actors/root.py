@@ -52,7 +52,7 @@ from supervisor.messages import (
 )
 from supervisor.model.errors import BsupError, Busy
 from supervisor.model.job import HostInfo, Lease
-from supervisor.ports import Fence, LogSink, Notifier, Reload, Runner, SessionFile, Store
+from supervisor.ports import Fence, HostRoom, LogSink, Notifier, Reload, Runner, SessionFile, Store
 
 log = logging.getLogger("supervisor.root")
 
@@ -114,6 +114,7 @@ class Parts:
     notifier: Notifier
     control: Callable[[], Runs]
     reload: Reload
+    room: HostRoom | None = None
     rng: Random = field(default_factory=Random)
 
 
@@ -178,6 +179,7 @@ class Root:
             keeper=self._at.keeper,
             root=self._at.root,
             host=self._limits,
+            room=self._parts.room,
             paused=self._draining,
             stall_after=self._config.stall_after,
             rng=self._parts.rng,

@@ -124,6 +124,7 @@ class StateDirectory(Section, frozen=True):
     """What outlives the daemon on this host. Empty is "auto" until ``resolve``."""
 
     dir: Annotated[str, Key('"auto", or an absolute path', words=(("auto", ""),))] = ""
+    min_free: Annotated[int, _size('a size of "0" to "1024TiB"', 0, 1 << 50)] = 512 * _MIB
 
 
 class Control(Section, frozen=True):

@@ -35,6 +35,7 @@ class Host:
         self.taken: list[Lease] = []
         self.claims: list[tuple[float, int]] = []
         """When, and for how many, each claim was made."""
+        self.lacking: str | None = None
         self.claimer = Claimer(
             store,
             kinds=frozenset(["steps", "task"]),
@@ -47,6 +48,7 @@ class Host:
             on_refused=lambda me: None,
             on_paused=lambda: None,
             hears=lambda: store.health().listening,
+            lacking=lambda: self.lacking,
             rng=Random(0),
         )
         store.on_wake(lambda payload: self.claimer.wake(ready=True))
@@ -110,6 +112,28 @@ async def test_a_host_that_waits_claims_once_for_a_job(store: FakeStore) -> None
             await until(lambda number=number: len(host.taken) == number)
             await asyncio.sleep(POLL / 4)
         assert store.calls.count("claim") == 2
+
+
+async def test_a_host_that_is_short_of_something_takes_nothing_until_it_has_it_again(store: FakeStore) -> None:
+    """It does not say that it is idle meanwhile: a commit would wake it in vain."""
+    async with claiming(store, 4) as host:
+        host.lacking = "no room"
+        store.add(2)
+        await asyncio.sleep(3 * POLL)
+        assert (host.taken, host.claimer.lacking) == ([], "no room")
+        assert not any(session.idle for session in store.sessions.values())
+        host.lacking = None
+        await until(lambda: len(host.taken) == 2)
+        assert host.claimer.lacking is None
+
+
+async def test_a_large_claim_is_not_followed_by_another_where_something_runs_short(store: FakeStore) -> None:
+    async with claiming(store, 3 * MOST_AT_ONCE) as host:
+        host.on_take = lambda: setattr(host, "lacking", "no room")
+        store.add(3 * MOST_AT_ONCE)
+        await until(lambda: host.claimer.lacking is not None)
+        # The one that was under way already when the first of its jobs was begun.
+        assert len(host.taken) <= 2 * MOST_AT_ONCE
 
 
 async def test_a_job_of_a_kind_that_is_new_to_the_host_is_found(store: FakeStore) -> None:
