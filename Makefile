@@ -64,4 +64,4 @@ bench-quick: $(STAMP) ## measure the core of it (3 minutes); RESULTS.md keeps th
 	$(BIN)/python benchmarks/run.py --quick $(BENCH)
 
 clean: ## remove what was built (not .venv)
-	rm -rf site build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf site build dist .cache .build-cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

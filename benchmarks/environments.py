@@ -1,4 +1,4 @@
-"""The peers' own environments, below ``.cache/bench`` of the repository: made when first asked for, from pinned lists,
+"""The peers' own environments, below ``.build-cache/bench`` of the repository: made when first asked for, from pinned lists,
 and kept until a list changes. ``Missing`` says why one can't be had here; the benchmarks then go on without it."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 PEERS = Path(__file__).parent / "peers"
-CACHE = Path(__file__).parent.parent / ".cache" / "bench"
+CACHE = Path(__file__).parent.parent / ".build-cache" / "bench"
 # What a peer needs beyond Python 3.11.
 PYTHON = {"oban": (3, 12)}
 

@@ -1,6 +1,6 @@
 """What a machine boots from: the image, made once for each version of its inputs, and the drive with bsup on it.
 
-``image()`` gives the image's directory, from the cache (``.cache/vm``, or ``BSUP_VM_CACHE``) or made by
+``image()`` gives the image's directory, from the cache (``.build-cache/vm``, or ``BSUP_VM_CACHE``) or made by
 ``build_image.sh`` (root, a minute and a half, Debian's packages). ``bsup_drive()`` makes the drive from this repository
 and the installed packages that bsup requires, a second's work; Debian 12's Python 3.11 runs them, so it takes the tests
 to run on 3.11 too.
@@ -38,7 +38,7 @@ def missing() -> list[str]:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("BSUP_VM_CACHE") or REPOSITORY / ".cache" / "vm")
+    return Path(os.environ.get("BSUP_VM_CACHE") or REPOSITORY / ".build-cache" / "vm")
 
 
 def _directory() -> Path:
