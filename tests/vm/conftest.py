@@ -10,7 +10,6 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,17 @@ def make_machine() -> Iterator[Callable[..., Machine]]:
     afterwards."""
     lacks = missing()
     require(", ".join(lacks) or "qemu", not lacks)
-    with ExitStack() as machines:
+    made: list[Machine] = []
 
-        def make(name: str = "vm", **kw: Any) -> Machine:
-            directory = Path(tempfile.mkdtemp(prefix="bsup-vm-", dir="/var/tmp"))
-            machines.callback(shutil.rmtree, directory, ignore_errors=True)
-            return machines.enter_context(Machine(directory, name, **kw))
+    def make(name: str = "vm", **kw: Any) -> Machine:
+        made.append(Machine(Path(tempfile.mkdtemp(prefix="bsup-vm-", dir="/var/tmp")), name, **kw))
+        return made[-1]
 
-        yield make
+    yield make
+    for machine in made:
+        print(machine.story())  # shown by pytest where the test failed
+        machine.cut()
+        shutil.rmtree(machine.directory)
 
 
 @pytest.fixture

@@ -94,12 +94,8 @@ class Guest:
 
     def start(self) -> Guest:
         """Returns when it is ready: it has compared what runs with its leases."""
-        done = self.machine.run(f"systemctl start {self.name}", 120)
-        assert done.code == 0, f"{done.out}\n{self.journal()}"
+        self.machine.check(f"systemctl start {self.name}", 120)
         return self
-
-    def journal(self) -> str:
-        return self.machine.run(f"journalctl -u {self.name} -o short-monotonic --no-pager | tail -60").out
 
 
 def own_server(machine: Machine) -> None:

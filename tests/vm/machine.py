@@ -17,7 +17,6 @@ import base64
 import contextlib
 import itertools
 import json
-import shlex
 import socket
 import subprocess
 import sys
@@ -25,14 +24,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from image import bsup_drive, image
 from qmp import Qmp
 
 BOOT = 180.0
-"""Seconds for a boot: it takes 15 on two cores of its own, much longer where others use them."""
+"""Seconds for a boot: it takes 20 on two cores of its own, much longer where others use them."""
 RELAY = Path(__file__).with_name("relay.py")
 
 
@@ -162,14 +160,6 @@ class Machine:
             self._qmp.close()
         self._agent = self._qmp = None
 
-    def __enter__(self) -> Machine:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is not None:
-            print(self.story())
-        self.cut()
-
     # --- the machine as a whole -------------------------------------------------------------------------------
 
     def pause(self) -> float:
@@ -223,13 +213,6 @@ class Machine:
     def pull(self, path: str) -> bytes:
         return base64.b64decode(self._ask({"get": path}, 60.0, f"pull {path}")["data"])
 
-    def sql(self, statement: str, deadline: float = 60.0) -> list[list[str]]:
-        """What a statement gives on the machine's own PostgreSQL, as text."""
-        out = self.check(
-            f"psql -X -qAt -F '|' -v ON_ERROR_STOP=1 -U postgres bsup -c {shlex.quote(statement)}", deadline
-        )
-        return [line.split("|") for line in out.splitlines()]
-
     def _ask(self, asked: dict[str, Any], deadline: float, what: str) -> dict[str, Any]:
         assert self._agent is not None, "it is off"
         try:
@@ -256,14 +239,15 @@ class Machine:
                 said.append(file.read_text(errors="replace")[-4000:])
         if self._agent is not None and not self._agent.is_silent:
             try:
-                answer = self._agent.ask({"run": _TOLD, "seconds": 15}, 20)
+                answer = self._agent.ask({"run": _TOLD, "seconds": 10}, 12)
                 said.append(base64.b64decode(answer.get("data", "")).decode(errors="replace"))
             except (OSError, TimeoutError) as error:
                 said.append(f"no journal: {error}")
         return "\n".join(said)
 
 
-_TOLD = "systemctl --failed; journalctl -b -p notice -o short-monotonic --no-pager | tail -60; ps -eo pid,stat,args"
+_JOURNAL = "journalctl -b -o short-monotonic --no-pager"
+_TOLD = f"systemctl --failed -q; {_JOURNAL} -u 'bsup*' -n 60; {_JOURNAL} -p warning -n 30; ps -eo pid,stat,args"
 
 
 class _Agent:

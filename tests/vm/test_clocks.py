@@ -22,7 +22,7 @@ from tests.conftest import require
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]
 
-TERMS = (1.5, 9.0, 2.5)
+TERMS = (2.0, 15.0, 4.0)
 HOUR = 3600.0
 STEPS = (HOUR, -2 * HOUR, HOUR)
 PLACES = ("machine", "beside")
