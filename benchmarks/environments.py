@@ -1,5 +1,6 @@
-"""The peers' own environments, below ``.build-cache/bench`` of the repository: made when first asked for, from pinned lists,
-and kept until a list changes. ``Missing`` says why one can't be had here; the benchmarks then go on without it."""
+"""The peers' own environments, below ``.build-cache/bench`` of the repository: made when first asked for, from pinned
+lists, and kept until a list changes. ``Missing`` says why one can't be had here; the benchmarks then go on without it.
+"""
 
 from __future__ import annotations
 
