@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from supervisor.runners.handles import boot_id, own_start_time, write_json_atomic
+from supervisor.runners.handles import boot_id, own_start_time, write_json_in_room
 
 GUARD_PATIENCE = 2.0
 
 
 class FenceFile:
-    """``fence`` in the state directory, by write and rename, with the boot its clock belongs to.
+    """``fence`` in the state directory, by write and rename, with the boot its clock belongs to. In room of its
+    own: a job that fills the disk must not end its neighbours, which a fence that can't be written would do.
 
     Not synced: the shepherd reads it from this boot's page cache, and after a power cut it means nothing.
     ``guard_patience``: seconds behind the fence after which a guarded daemon that neither renewed nor confirmed is
@@ -82,4 +83,4 @@ class FenceFile:
             said["daemon"] = self._daemon
         if self._confirmed_at is not None:
             said["confirmed_at"] = self._confirmed_at
-        await asyncio.to_thread(write_json_atomic, self._path, said)
+        await asyncio.to_thread(write_json_in_room, self._path, said)

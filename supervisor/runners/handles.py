@@ -10,6 +10,7 @@ May import msgspec and ``model``. Called by the kind-``steps`` runner and by ``s
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from pathlib import Path
@@ -168,6 +169,61 @@ def write_json_atomic(path: Path, value: Any, *, durable: bool = False, mode: in
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise RunnerError(f"{path}: can't be written: {error.strerror}") from error
+
+
+ROOM = 4096
+"""Bytes that ``write_json_in_room`` takes at most: what it keeps."""
+
+
+def write_json_in_room(path: Path, value: Any, *, durable: bool = False, mode: int = 0o600) -> None:
+    """As ``write_json_atomic``, but into room that was kept since the last time: a disk that is full, after the first,
+    can't refuse it. For what a host can't go on without; at most ``ROOM`` bytes, by one writer.
+
+    Two files take turns: the one that is replaced becomes the room for the next. A reader that opened it before and
+    reads it now may find it in the making: its first byte is written last, so that this is no JSON.
+
+    Raises RunnerError when the disk refuses.
+    """
+    data = msgspec.json.encode(value)
+    spare, kept = path.with_name(f".{path.name}.spare"), path.with_name(f".{path.name}.kept")
+    try:
+        _fill_room(spare, data, durable, mode)
+        kept.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.link(path, kept)
+        os.replace(spare, path)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(kept, spare)
+        if durable:
+            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+    except OSError as error:
+        raise RunnerError(f"{path}: can't be written: {error.strerror}") from error
+    if not spare.exists():
+        with contextlib.suppress(OSError):  # the next write says it
+            _fill_room(spare, b"", durable, mode)
+
+
+def _fill_room(spare: Path, data: bytes, durable: bool, mode: int) -> None:
+    if len(data) > ROOM:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    with contextlib.suppress(FileNotFoundError):
+        if os.lstat(spare).st_nlink > 1:  # a copy made of links shares it: what is written here would be there
+            spare.unlink()
+    fd = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        os.posix_fallocate(fd, 0, ROOM)
+        os.pwrite(fd, b"\0", 0)
+        os.pwrite(fd, data[1:], 1)
+        os.pwrite(fd, data[:1], 0)
+        os.ftruncate(fd, max(len(data), 1))  # to nothing, the room would be gone
+        if durable:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def is_running(started: Started) -> bool:

@@ -6,8 +6,8 @@ image) is set aside, so that two hosts never renew one session, and with it all 
 was cloned on one machine, the processes that they name are another daemon's. One of another boot is good, but nothing
 it ran still runs.
 
-May import model and ports. ``app`` takes the lock first of all and hands the rest to the root actor as its
-``SessionFile``.
+May import model, ports and its neighbour ``handles``. ``app`` takes the lock first of all and hands the rest to the
+root actor as its ``SessionFile``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import msgspec
 from supervisor.model.errors import BsupError
 from supervisor.model.job import Me
 from supervisor.ports import SavedSession
+from supervisor.runners.handles import write_json_in_room
 
 
 class StateDirectoryTaken(BsupError):
@@ -138,18 +139,8 @@ class StateSessionFile:
             boot_epoch=boot_epoch,
             dir=self._directory(),
         )
-        temporary = self._path.with_suffix(".tmp")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            file.write(msgspec.json.encode(stored))
-            file.flush()
-            os.fsync(fd)
-        temporary.replace(self._path)
-        directory = os.open(self._state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        # In room of its own: a daemon that starts on a full disk takes its jobs up all the same.
+        write_json_in_room(self._path, stored, durable=True)
 
     def _stored(self) -> _Stored | None:
         try:
