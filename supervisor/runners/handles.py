@@ -24,6 +24,10 @@ Cause = Literal["stop", "timeout", "fence", "exec"]
 F = TypeVar("F", bound=msgspec.Struct)
 
 
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding raises: text that is not UTF-8 is no error of msgspec's own."""
+
+
 class Damaged(RunnerError):
     """A file is there and was read, and holds something else than it should. Any other RunnerError of a read says
     nothing about the file: it could not be read now."""
@@ -267,5 +271,5 @@ def _read(path: str, kind: type[F]) -> F | None:
         raise RunnerError(f"{path}: can't be read: {error.strerror}") from error
     try:
         return msgspec.json.decode(data, type=kind)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise Damaged(f"{path}: is damaged: {error}") from error

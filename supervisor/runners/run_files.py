@@ -24,7 +24,7 @@ from supervisor.model.job import Lease
 from supervisor.model.spec import CHECKOUT, JobSpec, StepSpec, decode_spec
 from supervisor.ports import Plan, StepPlan
 from supervisor.runners.git import PASSED_ON
-from supervisor.runners.handles import Damaged, StepFile
+from supervisor.runners.handles import UNREADABLE, Damaged, StepFile
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PLAN_FILE = "plan.json"
@@ -62,6 +62,10 @@ class StepsSettings(msgspec.Struct, frozen=True, kw_only=True):
     pass_env: tuple[str, ...] = ()
 
 
+VERSION = 1
+"""Of ``RunFile``. It rises when an older daemon would misread it, not for a field that it may pass over."""
+
+
 class RunFile(msgspec.Struct, kw_only=True, frozen=True):
     """``runs/<lease>/spec``: all that a restarted daemon needs to go on with the run. Holds no secret."""
 
@@ -75,19 +79,23 @@ class RunFile(msgspec.Struct, kw_only=True, frozen=True):
     keep_workspace: bool
     plan: Plan
     created_at: float
+    version: int = VERSION
 
 
 def read_run(run_dir: Path) -> RunFile | None:
     """The run's ``spec``; None if the run was never wholly prepared. Raises RunnerError, ``Damaged`` if it is."""
     path = run_dir / "spec"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=RunFile)
+        run = msgspec.json.decode(path.read_bytes(), type=RunFile)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise RunnerError(f"{path}: can't be read: {error}") from error
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise Damaged(f"{path}: is damaged: {error}") from error
+    if run.version > VERSION:
+        raise Damaged(f"{path}: is of version {run.version}, a newer bsup's; this one knows {VERSION}")
+    return run
 
 
 class Intent(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 from pathlib import Path
 
@@ -23,7 +24,12 @@ import msgspec
 from supervisor.model.errors import BsupError
 from supervisor.model.job import Me
 from supervisor.ports import SavedSession
-from supervisor.runners.handles import write_json_in_room
+from supervisor.runners.handles import UNREADABLE, write_json_in_room
+
+log = logging.getLogger("supervisor.session")
+
+VERSION = 1
+"""Of ``session.json``. It rises when an older daemon would misread it, not for a field that it may pass over."""
 
 
 class StateDirectoryTaken(BsupError):
@@ -41,6 +47,7 @@ class _Stored(msgspec.Struct, kw_only=True):
     boot_id: str
     boot_epoch: int = 0
     dir: str
+    version: int = VERSION
 
 
 class StateLock:
@@ -107,12 +114,17 @@ class StateSessionFile:
             stored = msgspec.json.decode(self._path.read_bytes(), type=_Stored)
         except FileNotFoundError:
             return None
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             # It is written by rename: only something else than bsup, or a bad disk, leaves it like this.
+            log.warning("session.json can't be read: it is set aside, and a new session is begun")
             self._set_aside("unreadable")
             return None
         if not self._is_ours(stored):
             self._set_aside("foreign")
+            return None
+        if stored.version > VERSION:
+            log.warning("session.json is of version %s, a newer bsup's: a new session is begun", stored.version)
+            self._set_aside("newer")
             return None
         return SavedSession(
             session=stored.session,
@@ -145,7 +157,7 @@ class StateSessionFile:
     def _stored(self) -> _Stored | None:
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=_Stored)
-        except (FileNotFoundError, msgspec.MsgspecError):
+        except (FileNotFoundError, *UNREADABLE):
             return None
 
     def _is_ours(self, stored: _Stored) -> bool:

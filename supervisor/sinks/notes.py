@@ -43,5 +43,5 @@ def _note_of(line: bytes) -> Note:
     """One that is damaged keeps its place, as notes are counted, and keeps nobody from the rest of the log."""
     try:
         return msgspec.json.decode(line, type=Note)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return Note(0, 0, 0.0, "a note of bsup's own is damaged")

@@ -33,7 +33,7 @@ def load(run: str) -> Pinned | None:
             return msgspec.json.decode(file.read(), type=Pinned)
     except FileNotFoundError:
         return None
-    except msgspec.DecodeError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         # After a power failure at worst: it is renamed into place.
         log.error("%s is damaged and made anew", path)
         return None

@@ -102,7 +102,7 @@ class StepSpool:
         path = f"{self._directory}/{name}"
         try:
             return msgspec.json.decode(_read(path, 0, os.stat(path).st_size), type=type)
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -85,10 +86,29 @@ async def test_the_runs_of_a_copied_directory_are_set_aside_with_its_session(tmp
     assert names(first) == ["mirrors", "runs", "session.json"]
 
 
-async def test_garbage_is_set_aside(tmp_path: Path) -> None:
-    (tmp_path / "session.json").write_text("{")
-    assert await StateSessionFile(tmp_path, "machine", "boot").load() is None
+@pytest.mark.parametrize(
+    "garbage", [b"{", b"", b"\0" * 200, b'{"session": "\xff"}', b"[" * 100_000, b"null", b'{"a": 1}']
+)
+async def test_garbage_is_set_aside(tmp_path: Path, garbage: bytes) -> None:
+    (tmp_path / "session.json").write_bytes(garbage)
+    file = StateSessionFile(tmp_path, "machine", "boot")
+    assert file.set_aside_foreign() is None
+    assert await file.load() is None
     assert names(tmp_path) == ["session.unreadable.0.json"]
+    await file.save(ME)
+    assert await file.load() is not None
+
+
+async def test_what_a_newer_bsup_has_written_is_set_aside_but_for_fields_to_pass_over(tmp_path: Path) -> None:
+    file = StateSessionFile(tmp_path, "machine", "boot")
+    await file.save(ME)
+    stored = json.loads((tmp_path / "session.json").read_text())
+    (tmp_path / "session.json").write_text(json.dumps({**stored, "more": [1]}))
+    assert await file.load() is not None
+    (tmp_path / "session.json").write_text(json.dumps({**stored, "version": 2}))
+    assert file.set_aside_foreign() is None
+    assert await file.load() is None
+    assert names(tmp_path) == ["session.newer.0.json"]
 
 
 def test_one_daemon_a_state_directory(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -14,8 +15,9 @@ from steps_bench import Ends, lease_of
 
 from supervisor.model.errors import RunnerError
 from supervisor.model.job import Lease
+from supervisor.runners import handles
 from supervisor.runners.handles import Closed, Exit, Started, boot_id, write_json_atomic
-from supervisor.runners.run_files import StepsSettings
+from supervisor.runners.run_files import VERSION, StepsSettings
 from supervisor.runners.shepherd_client import Hint, Refused
 from supervisor.runners.steps import StepsRunner
 
@@ -188,9 +190,10 @@ async def test_a_claim_without_a_start_is_for_the_shepherd_to_know(scene: Scene,
         assert taken[0].end.cause == "gone"
 
 
-async def test_damaged_files_are_a_loss_and_say_so(scene: Scene) -> None:
+@pytest.mark.parametrize("garbage", [b"{", b"", b"\0" * 100, b'{"error": "\xff"}', b"[]"])
+async def test_damaged_files_are_a_loss_and_say_so(scene: Scene, garbage: bytes) -> None:
     await scene.start()
-    (scene.step / "exit").write_text("{")
+    (scene.step / "exit").write_bytes(garbage)
     await scene.quiet()  # its process lives: nobody may be told that it does not
     scene.closes()
     end = await scene.ends.of(0)
@@ -211,11 +214,13 @@ async def test_files_that_cant_be_read_now_are_no_loss(scene: Scene, monkeypatch
     """Too many open files, say: the step runs, and a loss would let another host begin it."""
     await scene.start()
 
-    def refuse(_: Path) -> bytes:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as short_of_descriptors:
-        short_of_descriptors.setattr(Path, "read_bytes", refuse)
+        short_of_descriptors.setattr(handles, "open", refuse, raising=False)
+        with pytest.raises(RunnerError, match="Too many open files"):
+            handles.read_exit(scene.step)
         await scene.quiet()
     scene.exits(3)
     scene.closes()
@@ -237,9 +242,13 @@ async def test_a_dead_process_whose_exit_the_shepherd_cant_write_yet_is_no_loss(
     assert (await scene.ends.of(0)).exit_code == 3
 
 
-async def test_of_a_run_whose_spec_is_damaged_all_is_ended(scene: Scene) -> None:
+@pytest.mark.parametrize("how", ["cut off", "not UTF-8", "newer"])
+async def test_of_a_run_whose_spec_is_damaged_all_is_ended(scene: Scene, how: str) -> None:
     await scene.start()
-    (scene.step.parent / "spec").write_text("{")
+    spec = scene.step.parent / "spec"
+    said = spec.read_bytes()
+    newer = json.dumps({**json.loads(said), "version": VERSION + 1}).encode()
+    spec.write_bytes({"cut off": said[:-1], "not UTF-8": said.replace(b"/", b"\xff"), "newer": newer}[how])
     scene.shepherd.stops = [True, False]
     with pytest.raises(RunnerError):  # it is tried again: something may run still
         await scene.runner.adopt(scene.lease.id, scene.ends.tell)

@@ -294,7 +294,8 @@ def test_a_log_made_with_kills_is_the_log_made_without(events: list[object], lim
         assert joined(found).count(b"[bsup: noted]") == events.count("note")
 
 
-def test_a_damaged_note_keeps_nobody_from_the_rest_of_the_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["cut off", "not UTF-8"])
+def test_a_damaged_note_keeps_nobody_from_the_rest_of_the_log(tmp_path: Path, how: str) -> None:
     lease = a_lease()
     transcript = make(tmp_path, lease)
     step = FakeStep(tmp_path, lease, 0)
@@ -303,8 +304,8 @@ def test_a_damaged_note_keeps_nobody_from_the_rest_of_the_log(tmp_path: Path) ->
     transcript.note(0, "the first", 1.0)
     transcript.note(0, "the second", 2.0)
     notes = tmp_path / "runs" / str(lease.id) / "notes"
-    _, second = notes.read_bytes().splitlines(keepends=True)
-    notes.write_bytes(b"{\n" + second)
+    first, second = notes.read_bytes().splitlines(keepends=True)
+    notes.write_bytes((b"{\n" if how == "cut off" else first.replace(b"first", b"f\xffrst")) + second)
     again = make(tmp_path, lease)
     again.end(0)
     run_out(again)
