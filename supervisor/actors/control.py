@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import socket
 from collections import Counter
 from collections.abc import Callable
@@ -33,6 +34,16 @@ _ACCEPT_AGAIN: Final = 0.5
 """Seconds until the next accept after one failed (no more file descriptors, say)."""
 _IDENTIFY: Final = 5.0
 """Seconds that the user database is given to say who a uid is."""
+
+
+FILES_KEPT = 32
+"""Open files that no connection gets, or an eighth of the limit where that is less: without one no fence is written."""
+
+
+def _most_files() -> int:
+    """The kernel gives a new file the lowest number that is free: with this one or more, so many are open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limit - min(FILES_KEPT, limit // 8)
 
 
 class ControlActor:
@@ -111,6 +122,8 @@ class ControlActor:
             self._turn_away(sock, f"uid {uid} has {self._open[uid]} connections open already")
         elif self._open.total() >= self._limits.max_connections:
             self._turn_away(sock, f"{self._open.total()} connections are open already")
+        elif sock.fileno() >= _most_files():
+            self._turn_away(sock, f"the daemon has {sock.fileno()} files open, and keeps the last ones for its jobs")
         else:
             self._open[uid] += 1
             connections.start_soon(self._serve, sock, credentials)
