@@ -181,6 +181,8 @@ async def test_a_killed_shepherd_is_replaced_and_its_steps_go_on(ground: Ground)
     status = await ground.client.status()
     assert status["pid"] != shepherd
     assert [live["dir"] for live in status["live"]] == [str(step)]
+    assert await ground.client.stop_run(ground.run, 0.0, True) is True
+    await ground.closed(step)
 
 
 async def test_with_its_guardian_its_steps_are_gone(ground: Ground) -> None:
