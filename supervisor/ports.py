@@ -332,7 +332,7 @@ class Runner(Protocol):
 
     async def adopt(self, lease: LeaseId, tell: Callable[[StepEnd], None]) -> list[StepTaken] | None:
         """After a restart: what became of the steps; the one that still runs tells its end later. None: no handle
-        here."""
+        here. Raises HandleLost where there was one, and nothing of it runs."""
         ...
 
     async def stop(self, lease: LeaseId, grace: float, kill: bool) -> None:

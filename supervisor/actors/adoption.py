@@ -29,7 +29,7 @@ from random import Random
 
 import msgspec
 
-from supervisor.model.errors import BsupError
+from supervisor.model.errors import BsupError, HandleLost
 from supervisor.model.job import AttemptEnd, Lease, LeaseId, Outcome, StepRecord, StepState
 from supervisor.model.policies import patience
 from supervisor.ports import HandleInfo, Runner, StepEnd, StepTaken, answered
@@ -143,6 +143,8 @@ class Burial:
                         self._ended.clear()
                         await self._ended.wait()
                 return taken or []
+            except HandleLost:
+                return []
             except TimeoutError:
                 log.warning("lease %s is gone and its processes do not end; killing them again", self.lease)
             except Exception as error:

@@ -58,7 +58,7 @@ from supervisor.model.attempt_words import (
     StopRun,
     Tell,
 )
-from supervisor.model.errors import BsupError, InvalidInput, StoreUnavailable
+from supervisor.model.errors import BsupError, HandleLost, InvalidInput, StoreUnavailable
 from supervisor.model.job import Lease, Phase, StepRecord
 from supervisor.model.policies import patience
 from supervisor.ports import LogSink, Runner, answered
@@ -370,6 +370,9 @@ class JobActor:
                     return
                 plan = await answered(self._runner.prepare(self.lease))
                 await self._open_log(plan)
+            except HandleLost as error:
+                self._tell_self(NothingToAdopt(lost=str(error)))
+                return
             except Exception as error:
                 tries += 1
                 log.warning("job %s: could not be taken up, trying again: %s", self.lease.job, error)
@@ -425,6 +428,9 @@ class JobActor:
             # It is answered behind the start, however late that was: what is not there then will never be.
             await self._runner.stop(self.lease.id, 0.0, True)
             taken = await self._runner.adopt(self.lease.id, self._on_step_end)
+        except HandleLost as error:
+            self._on_step_end(StepEnd(index, None, None, None, datetime.now(UTC), "gone", str(error)))
+            return
         except BsupError as error:
             log.warning("job %s: step %s can't be looked at: %s", self.lease.job, index, error)
             return

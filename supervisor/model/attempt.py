@@ -432,8 +432,8 @@ def _with(steps: tuple[StepRecord, ...], position: int, step: StepRecord) -> tup
 def _on_nothing_to_adopt(state: AttemptState, event: NothingToAdopt) -> Next:
     if state.stage is not _PREPARING:
         return state, []
-    if event.rebooted:
-        return _flush(_caused(state, Cause.LOST, _REBOOTED))
+    if event.rebooted or event.lost is not None:
+        return _flush(_caused(state, Cause.LOST, event.lost or _REBOOTED))
     return _flush(_caused(state, Cause.RELEASE, "the attempt had not begun on this host"))
 
 

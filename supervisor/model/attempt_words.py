@@ -106,9 +106,11 @@ class Adopted(msgspec.Struct, frozen=True):
 
 
 class NothingToAdopt(msgspec.Struct, frozen=True):
-    """There is a lease but no handle: the attempt never began on this host; or, ``rebooted``, that is not known."""
+    """There is a lease but no handle: the attempt never began on this host; or, ``rebooted``, that is not known; or it
+    was there and is ``lost``: why."""
 
     rebooted: bool = False
+    lost: str | None = None
 
 
 class StepStarted(msgspec.Struct, frozen=True):

@@ -51,5 +51,9 @@ class RunnerError(BsupError):
     """The host could not do what the job asked (start, prepare, stop)."""
 
 
+class HandleLost(RunnerError):
+    """What a run has on disk can't be read any more. Nothing of it runs; it may have run."""
+
+
 class Busy(BsupError):
     """A bounded queue is full. Try again later."""

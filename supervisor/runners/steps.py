@@ -23,7 +23,7 @@ from typing import Protocol, TypeVar
 import anyio.to_thread
 import msgspec
 
-from supervisor.model.errors import RunnerError
+from supervisor.model.errors import HandleLost, RunnerError
 from supervisor.model.job import Lease, LeaseId
 from supervisor.ports import HandleInfo, Plan, StepEnd, StepTaken
 from supervisor.runners import handles, host_disk
@@ -203,10 +203,10 @@ class StepsRunner:
         try:
             run = await anyio.to_thread.run_sync(read_run, run_dir)
         except Damaged as damage:
-            # Nobody can go on with it: what runs of it is ended, and then there is nothing to take up.
+            # Nobody can go on with it: what runs of it is ended first.
             if await self._shepherd.stop_run(run_dir, 0.0, True):
                 raise RunnerError(f"{damage}; what runs of it is being ended") from damage
-            return None
+            raise HandleLost(str(damage)) from damage
         if run is None:
             return None
         taken = []

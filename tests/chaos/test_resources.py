@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import time
@@ -144,6 +145,7 @@ def small_disk(world: World) -> Iterator[Path]:
     yield state
     world.close()
     subprocess.run(["umount", "-l", str(state)], check=True)
+    shutil.rmtree(world.root)  # which could not go while this was mounted in it
 
 
 def fill(state: Path, left: int) -> None:

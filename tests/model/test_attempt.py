@@ -274,9 +274,11 @@ def test_a_lease_without_a_handle_is_released() -> None:
     state, _ = advance(AttemptState(), NothingToAdopt())
     _, [told] = advance(state, LogCompleted())
     assert isinstance(told, Tell) and told.result.outcome is Outcome.RELEASED
-    state, _ = advance(AttemptState(), NothingToAdopt(rebooted=True))
-    _, [told] = advance(state, LogCompleted())
-    assert isinstance(told, Tell) and told.result.outcome is Outcome.LOST
+    for event in (NothingToAdopt(rebooted=True), NothingToAdopt(lost="the disk is bad")):
+        state, _ = advance(AttemptState(), event)
+        _, [told] = advance(state, LogCompleted())
+        assert isinstance(told, Tell) and told.result.outcome is Outcome.LOST
+    assert told.result.error == "the disk is bad"
 
 
 # --- all of it ----------------------------------------------------------------------------------------------------
@@ -299,6 +301,7 @@ EVERY: list[Event] = [
     PrepareFailed("no"),
     NothingToAdopt(),
     NothingToAdopt(rebooted=True),
+    NothingToAdopt(lost="the disk is bad"),
     Adopted(PLAN, (StepTaken(0, AT, None),), 0.0, False),
     Adopted(PLAN, (StepTaken(0, AT, None),), 0.0, True),
     *[StepStarted(i, AT) for i in range(4)],

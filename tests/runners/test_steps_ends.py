@@ -13,7 +13,7 @@ import anyio
 import pytest
 from steps_bench import Ends, lease_of
 
-from supervisor.model.errors import RunnerError
+from supervisor.model.errors import HandleLost, RunnerError
 from supervisor.model.job import Lease
 from supervisor.runners import handles
 from supervisor.runners.handles import Closed, Exit, Started, boot_id, write_json_atomic
@@ -250,9 +250,10 @@ async def test_of_a_run_whose_spec_is_damaged_all_is_ended(scene: Scene, how: st
     newer = json.dumps({**json.loads(said), "version": VERSION + 1}).encode()
     spec.write_bytes({"cut off": said[:-1], "not UTF-8": said.replace(b"/", b"\xff"), "newer": newer}[how])
     scene.shepherd.stops = [True, False]
-    with pytest.raises(RunnerError):  # it is tried again: something may run still
+    with pytest.raises(RunnerError, match="is being ended"):  # it is tried again: something may run still
         await scene.runner.adopt(scene.lease.id, scene.ends.tell)
-    assert await scene.runner.adopt(scene.lease.id, scene.ends.tell) is None
+    with pytest.raises(HandleLost):
+        await scene.runner.adopt(scene.lease.id, scene.ends.tell)
     assert scene.shepherd.stops == []
 
 
