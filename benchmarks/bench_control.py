@@ -132,7 +132,7 @@ async def bsup(slots: int) -> AsyncIterator[Bsup]:
         process.kill()
         await sql.close()
         with contextlib.suppress(OSError, ValueError):
-            os.kill(int((root / "state" / "shepherd.pid").read_text()), signal.SIGKILL)
+            os.kill(int((root / "state" / "shepherd.pid").read_text()), signal.SIGTERM)
         await server.drop("control")
         shutil.rmtree(root, ignore_errors=True)
 
